@@ -32,7 +32,7 @@ def ranks_of(*values: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def value_and_gradient(loss_type, rewards, ranks, mask, **kwargs):
-    """Loss (B,) and its gradient (B, n). For `linear` the rewards stand in for -error: the same order, the same sign."""
+    """Loss (B,) and its gradient (B, n). For `linear` the rewards stand in for -error: the same order and sign."""
     rewards = rewards.detach().clone().requires_grad_()
     loss = ranking_loss(loss_type, rewards, ranks, mask, error=-rewards, **kwargs)
     return loss.detach(), torch.autograd.grad(loss.sum(), rewards)[0]
@@ -69,8 +69,8 @@ def test_zero_adapter_gives_the_known_values(n):
 
 def test_gradients_at_zero_for_four_images():
     """
-    Plackett-Luce: choice i takes 1/(number left) from each of those left and gives 1 to the chosen. Its gradient on the
-    best is 1/4 - 1 = -.75, on the next 1/4 + 1/3 - 1 = -.41667, then 1/4 + 1/3 + 1/2 - 1 = .08333, then 1.08333.
+    Plackett-Luce: choice i takes 1/(number left) from each of those left and gives 1 to the chosen. Its gradient on
+    the best is 1/4 - 1 = -.75, on the next 1/4 + 1/3 - 1 = -.41667, then 1/4 + 1/3 + 1/2 - 1 = .08333, then 1.08333.
     All pairs: each of the six gives -1/2 to the better and +1/2 to the worse.
     """
     ranks, mask = ranks_of(1, 2, 3, 4)
@@ -83,7 +83,7 @@ def test_gradients_at_zero_for_four_images():
 
 @pytest.mark.parametrize("loss_type", LOGISTIC_AT_TWO)
 def test_two_images_are_diffusion_dpo(loss_type):
-    """Independent transcription: -log sigmoid(-beta/2 ((e_w - e_l) - (e_w^ref - e_l^ref))), mean outside the sigmoid."""
+    """Transcribed independently: -log sigmoid(-beta/2 ((e_w - e_l) - (e_w^ref - e_l^ref))), then the mean."""
     generator = torch.Generator().manual_seed(1)
     error, ref_error = torch.rand(2, 6, 2, generator=generator, dtype=torch.float64)
     beta = 7.0
@@ -195,8 +195,8 @@ def test_plackett_luce_sum_is_at_most_the_sum_over_pairs(n):
 @pytest.mark.parametrize("loss_type", [loss_type for loss_type in LOSS_TYPES if loss_type != "linear"])
 def test_beta_and_error_difference_trade_off(loss_type):
     """
-    Only beta times the difference of errors matters. `linear` is left out: its weights follow the rule, its value is in
-    units of error.
+    Only beta times the difference of errors matters. `linear` is left out: its weights follow the rule, its value is
+    in units of error.
     """
     generator = torch.Generator().manual_seed(3)
     delta = torch.randn(4, 5, generator=generator, dtype=torch.float64)
@@ -216,7 +216,8 @@ def test_linear_by_hand_and_its_clip():
         assert loss.item() == pytest.approx(weight * -0.2)
         (gradient,) = torch.autograd.grad(loss.sum(), error, retain_graph=True)
         torch.testing.assert_close(gradient, torch.tensor([[weight, -weight]], dtype=torch.float64))
-    assert ranking_loss("linear", row(5.0, 0.0), ranks, mask, error=error, linear_eta=0.2).item() == pytest.approx(-0.04)
+    clipped = ranking_loss("linear", row(5.0, 0.0), ranks, mask, error=error, linear_eta=0.2)
+    assert clipped.item() == pytest.approx(-0.04)
 
 
 @pytest.mark.parametrize("loss_type", SMOOTHABLE_LOSS_TYPES)

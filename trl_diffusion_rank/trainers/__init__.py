@@ -1,0 +1,18 @@
+from importlib.metadata import version
+
+from packaging.specifiers import SpecifierSet
+
+
+SUPPORTED_TRL = SpecifierSet(">=1.16,<1.17")
+
+
+def check_trl_version(installed: str) -> None:
+    """Raise `ImportError` for a TRL whose private names weren't tested: tests/trainers/test_trl_contract.py."""
+    if not SUPPORTED_TRL.contains(installed, prereleases=True):
+        raise ImportError(
+            f"trl_diffusion_rank extends private parts of TRL and works with trl{SUPPORTED_TRL}, found trl "
+            f'{installed}: `pip install "trl{SUPPORTED_TRL}"`.'
+        )
+
+
+check_trl_version(version("trl"))

@@ -1,0 +1,193 @@
+from dataclasses import dataclass, field, fields
+
+from trl import DPOConfig
+
+from trl_diffusion_rank.objectives.ranking import LOSS_TYPES, SMOOTHABLE_LOSS_TYPES
+
+
+# Options of TRL and Transformers that speak of tokens. Setting one is an error: ignored, it would mislead.
+_MEANINGLESS = {
+    "router_aux_loss_coef": "a denoiser has no experts to balance",
+    "max_length": "images are not sequences; see `resolution`",
+    "truncation_mode": "images are not sequences; see `resolution`",
+    "padding_free": "images are not sequences",
+    "pad_to_multiple_of": "images are not sequences",
+    "pad_token": "the pipeline's tokenizers pad by themselves",
+    "ld_alpha": "images have no verbose part",
+    "f_divergence_type": "a denoiser's surrogate log-likelihood gives no density ratio for other divergences",
+    "f_alpha_divergence_coef": "a denoiser's surrogate log-likelihood gives no density ratio for other divergences",
+    "use_weighting": "WPO weights by token probabilities, which a denoiser doesn't have",
+    "discopop_tau": "`discopop` is no `loss_type` here",
+    "use_liger_kernel": "Liger's kernels are for language models",
+    "neftune_noise_alpha": "a denoiser has no token embeddings to perturb",
+    "label_smoothing_factor": "there are no labels; see `label_smoothing`",
+    "include_num_input_tokens_seen": "there are no tokens to count",
+    "precompute_ref_log_probs": "reference errors are computed at each step with the same noise and timestep",
+    "precompute_ref_batch_size": "reference errors are computed at each step with the same noise and timestep",
+}
+
+
+@dataclass
+class RankedDiffusionDPOConfig(DPOConfig):
+    r"""
+    Configuration class for the [`RankedDiffusionDPOTrainer`].
+
+    Only the options that are specific to ranked diffusion DPO, or mean something else here, are listed; the rest is
+    [`~trl.DPOConfig`] and [`~transformers.TrainingArguments`]. A batch size counts rows (prompts), each with all its
+    images. Options that only make sense for language models raise when they are set.
+
+    Parameters:
+        > Parameters that control the loss
+
+        loss_type (`str` or `list[str]`, *optional*, defaults to `["plackett_luce"]`):
+            One of `plackett_luce`, `top1`, `pairwise`, `best_vs_worst`, `best_vs_rest`, `lambda`, `ipo`, `hinge`,
+            `linear`; several are summed with `loss_weights`.
+        beta (`float`, *optional*):
+            Strength of the preference on the mean squared denoising error, with Diffusion-DPO's factor 1/2 inside:
+            `reward = beta / 2 * (ref_error - error)`. Larger saturates sooner and keeps the model closer to the
+            reference. Defaults to the family's: 2000 for SD, 5000 for SDXL, and 250 and 500 for `linear`.
+        label_smoothing (`float`, *optional*, defaults to `0.0`):
+            Probability in [0, 0.5) that a preference is the wrong way round, for `pairwise`, `best_vs_worst`,
+            `best_vs_rest` and `lambda`.
+        linear_eta (`float`, *optional*, defaults to `0.1`):
+            Least weight of a pair in the `linear` loss, in [0, 0.5].
+        displacement_patience (`int`, *optional*, defaults to `10`):
+            Number of logs over which the errors of best and worst images must both rise above the reference before a
+            warning says that the model is degrading. `0` never warns.
+
+        > Parameters that control noise
+
+        timestep_sampling (`str`, *optional*, defaults to `"uniform"`):
+            `uniform`, `turbo` (249, 499, 749) or `discrete` (those of `timesteps`).
+        timesteps (`list[int]`, *optional*):
+            The grid of `timestep_sampling="discrete"`, for models distilled to a few steps.
+
+        > Parameters that control the data
+
+        resolution (`int`, *optional*):
+            Side in pixels that images are brought to: resized until the shorter side fits, then cut at the centre.
+            Defaults to what the model was trained on.
+        cache_latents (`bool`, *optional*):
+            Encode all images and prompts once, before training, and let the VAE and the text encoders leave memory.
+            Defaults to `True`, and to `False` for a stream, which can't be cached.
+        encode_batch_size (`int`, *optional*, defaults to `16`):
+            Images or prompts in one pass of an encoder.
+        on_bad_row (`str`, *optional*, defaults to `"error"`):
+            `error` stops at a row that breaks the contract or can't be decoded; `skip` leaves it out and counts it.
+
+    > [!NOTE]
+    > These parameters have default values different from [`~trl.DPOConfig`]:
+    > - `learning_rate`: Defaults to `1e-5` instead of `1e-6`.
+    > - `loss_type`: Defaults to `["plackett_luce"]` instead of `["sigmoid"]`.
+    > - `beta`: Defaults to the family's instead of `0.1`.
+    """
+
+    learning_rate: float = field(
+        default=1e-5,
+        metadata={"help": "The initial learning rate for AdamW. Never scaled by batch size or processes."},
+    )
+
+    # Parameters that control the loss
+    loss_type: list[str] = field(
+        default_factory=lambda: ["plackett_luce"],
+        metadata={"help": f"One or several of {', '.join(LOSS_TYPES)}; several are summed with `loss_weights`."},
+    )
+    beta: float | None = field(
+        default=None,
+        metadata={
+            "help": "Strength of the preference on the mean squared denoising error: reward = beta / 2 * (ref_error - "
+            "error). Defaults to the family's: 2000 for SD, 5000 for SDXL; 250 and 500 for `linear`."
+        },
+    )
+    label_smoothing: float = field(
+        default=0.0,
+        metadata={
+            "help": "Probability in [0, 0.5) that a preference is the wrong way round, for the logistic pair losses."
+        },
+    )
+    linear_eta: float = field(
+        default=0.1, metadata={"help": "Least weight of a pair in the `linear` loss, in [0, 0.5]."}
+    )
+    displacement_patience: int = field(
+        default=10,
+        metadata={
+            "help": "Logs over which the errors of best and worst images must both rise above the reference before a "
+            "warning. 0 never warns."
+        },
+    )
+
+    # Parameters that control noise
+    timestep_sampling: str = field(
+        default="uniform",
+        metadata={
+            "help": "Which timesteps are trained: `discrete` means those of `timesteps`, `turbo` 249, 499 and 749.",
+            "choices": ["uniform", "turbo", "discrete"],
+        },
+    )
+    timesteps: list[int] | None = field(
+        default=None, metadata={"help": "The grid of `timestep_sampling=discrete`, for few-step models."}
+    )
+
+    # Parameters that control the data
+    resolution: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side in pixels that images are brought to (shorter side resized, centre cut). Defaults to the "
+            "model's."
+        },
+    )
+    cache_latents: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Encode everything once before training and free the encoders. Defaults to True, for a stream to "
+            "False."
+        },
+    )
+    encode_batch_size: int = field(
+        default=16, metadata={"help": "Images or prompts in one pass of an encoder before training."}
+    )
+    on_bad_row: str = field(
+        default="error",
+        metadata={
+            "help": "What to do with a row that breaks the contract or can't be decoded.",
+            "choices": ["error", "skip"],
+        },
+    )
+
+    def __post_init__(self):
+        self._refuse_language_model_options()
+        super().__post_init__()
+        unknown = [loss_type for loss_type in self.loss_type if loss_type not in LOSS_TYPES]
+        if unknown:
+            hint = " TRL's `sigmoid` is `pairwise` here." if "sigmoid" in unknown else ""
+            raise ValueError(f"Unknown `loss_type` {unknown[0]!r}: expected one of {', '.join(LOSS_TYPES)}.{hint}")
+        if self.beta is not None and not self.beta > 0:
+            raise ValueError(f"`beta` must be positive, got {self.beta}.")
+        if self.beta is None and "linear" in self.loss_type and len(self.loss_type) > 1:
+            raise ValueError(
+                "`linear` and the other losses have different defaults of `beta`: set `beta` when combining them."
+            )
+        if not 0 <= self.label_smoothing < 0.5:
+            raise ValueError(f"`label_smoothing` must be in [0, 0.5), got {self.label_smoothing}.")
+        if self.label_smoothing and not set(self.loss_type) & set(SMOOTHABLE_LOSS_TYPES):
+            raise ValueError(
+                f"`label_smoothing` acts on {', '.join(SMOOTHABLE_LOSS_TYPES)}, not on `loss_type={self.loss_type}`. "
+                "Leave it at 0 or choose one of those."
+            )
+        if not 0 <= self.linear_eta <= 0.5:
+            raise ValueError(f"`linear_eta` must be in [0, 0.5], got {self.linear_eta}.")
+        for option, least in (("displacement_patience", 0), ("encode_batch_size", 1), ("resolution", 8)):
+            value = getattr(self, option)
+            if value is not None and value < least:
+                raise ValueError(f"`{option}` must be at least {least}, got {value}.")
+        if self.on_bad_row not in ("error", "skip"):
+            raise ValueError(f"`on_bad_row` must be 'error' or 'skip', got {self.on_bad_row!r}.")
+
+    def _refuse_language_model_options(self) -> None:
+        defaults = {option.name: option.default for option in fields(DPOConfig)}
+        # "no" and False are both "off" for Transformers' own option
+        off = {"include_num_input_tokens_seen": ("no", False)}
+        for option, reason in _MEANINGLESS.items():
+            value = getattr(self, option)
+            if value != defaults[option] and value not in off.get(option, ()):
+                raise ValueError(f"`{option}={value!r}` has no meaning for a diffusion model: {reason}. Leave it out.")
