@@ -73,7 +73,9 @@ def tiny_sd_pipeline(prediction_type: str = "epsilon", **scheduler) -> StableDif
         text_encoder=tiny_text_encoder(tokenizer),
         tokenizer=tokenizer,
         unet=tiny_unet(cross_attention_dim=16),
-        scheduler=DDIMScheduler(prediction_type=prediction_type, timestep_spacing="trailing", **scheduler),
+        scheduler=DDIMScheduler(
+            prediction_type=prediction_type, timestep_spacing="trailing", clip_sample=False, steps_offset=1, **scheduler
+        ),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -95,7 +97,9 @@ def tiny_sdxl_pipeline(prediction_type: str = "epsilon", **scheduler) -> StableD
             addition_time_embed_dim=8,
             projection_class_embeddings_input_dim=16 + 6 * 8,
         ),
-        scheduler=DDIMScheduler(prediction_type=prediction_type, timestep_spacing="trailing", **scheduler),
+        scheduler=DDIMScheduler(
+            prediction_type=prediction_type, timestep_spacing="trailing", clip_sample=False, steps_offset=1, **scheduler
+        ),
         add_watermarker=False,
     )
 

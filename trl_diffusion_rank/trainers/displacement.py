@@ -29,4 +29,5 @@ class DisplacementMonitor:
             return False
         deltas = np.array(self._deltas)
         slopes = np.polyfit(np.arange(len(deltas)), deltas, deg=1)[0]  # of the chosen, of the rejected
-        return bool((deltas[:, 0] > 0).all() and (slopes > 0).all())
+        rises = slopes * len(deltas) > 0.01 * np.abs(deltas).mean(0)  # a hundredth over the window; less is noise
+        return bool((deltas[:, 0] > 0).all() and rises.all())

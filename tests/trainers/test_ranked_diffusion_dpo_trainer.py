@@ -1,0 +1,511 @@
+import copy
+import logging
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset, IterableDataset
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from tiny import random_image, ranked_dataset, tiny_sd_pipeline, tiny_sdxl_pipeline
+from transformers import TrainerCallback
+
+from trl_diffusion_rank import RankedDiffusionDPOConfig, RankedDiffusionDPOTrainer
+from trl_diffusion_rank.diffusion.draws import EVALUATION, draw_rows
+from trl_diffusion_rank.objectives.ranking import LOSS_TYPES
+
+
+EVERY_KIND_OF_LAYER = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "proj_in"]
+PIPELINES = {"sd": tiny_sd_pipeline, "sdxl": tiny_sdxl_pipeline}
+
+
+def config(output_dir, **kwargs) -> RankedDiffusionDPOConfig:
+    options = {
+        "bf16": False,
+        "activation_checkpointing": False,
+        "per_device_train_batch_size": 2,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "save_strategy": "no",
+    }
+    return RankedDiffusionDPOConfig(str(output_dir), **(options | kwargs))
+
+
+def lora(**kwargs) -> LoraConfig:
+    return LoraConfig(**({"r": 4, "lora_alpha": 12, "target_modules": EVERY_KIND_OF_LAYER} | kwargs))
+
+
+def make_trainer(output_dir, model=None, data=None, peft_config="lora", **kwargs) -> RankedDiffusionDPOTrainer:
+    arguments = ("ref_model", "eval_dataset", "processing_class", "callbacks", "compute_metrics", "data_collator")
+    return RankedDiffusionDPOTrainer(
+        model=tiny_sdxl_pipeline() if model is None else model,
+        args=config(output_dir, **{key: value for key, value in kwargs.items() if key not in arguments}),
+        train_dataset=ranked_dataset() if data is None else data,
+        peft_config=lora() if peft_config == "lora" else peft_config,
+        **{key: value for key, value in kwargs.items() if key in arguments},
+    )
+
+
+def adapter(trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" in name}
+
+
+def first_batch(trainer, rows: int | None = None):
+    examples = [trainer.train_dataset[index] for index in range(rows or len(trainer.train_dataset))]
+    return trainer._prepare_inputs(trainer.data_collator(examples))
+
+
+def images(pipeline) -> np.ndarray:
+    generator = torch.Generator().manual_seed(3)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        ["a red cat", "a blue dog"], num_inference_steps=2, generator=generator, output_type="np", height=16, width=16
+    ).images
+
+
+# Training
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_lora_trains_and_stock_diffusers_loads_all_of_it(tmp_path, name, prediction_type):
+    pipeline = PIPELINES[name](prediction_type)
+    before = copy.deepcopy(pipeline.unet.state_dict())
+    untouched = images(PIPELINES[name](prediction_type))
+    trainer = make_trainer(tmp_path, pipeline)
+    initial = adapter(trainer)
+    trainer.train()
+    trainer.save_model()
+
+    trained = adapter(trainer)
+    changed = [key for key in trained if not torch.equal(trained[key], initial[key])]
+    assert changed == list(trained), "every LoRA weight is trained (lora_A moves once lora_B isn't zero)"
+    base = {key.replace(".base_layer", ""): value for key, value in trainer.model.get_base_model().denoiser.state_dict().items()}
+    for key, value in before.items():
+        torch.testing.assert_close(base[key], value, rtol=0, atol=0)
+
+    loaded = PIPELINES[name](prediction_type)
+    loaded.load_lora_weights(str(tmp_path))
+    assert loaded.unet.peft_config["default_0"].lora_alpha == 12
+    assert loaded.unet.peft_config["default_0"].r == 4
+    in_memory = PIPELINES[name](prediction_type)
+    in_memory.unet = trainer.model.get_base_model().denoiser.eval()
+    expected = images(in_memory)
+    np.testing.assert_allclose(images(loaded), expected, atol=1e-4)
+    assert np.abs(expected - untouched).max() > 1e-2, "training changed nothing that could be lost"
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_full_weights_train_against_a_frozen_copy(tmp_path, name):
+    pipeline = PIPELINES[name]()
+    before = copy.deepcopy(pipeline.unet.state_dict())
+    trainer = make_trainer(tmp_path, pipeline, peft_config=None, learning_rate=1e-4)
+    trainer.train()
+    trainer.save_model()
+    reference = trainer.ref_model.denoiser.state_dict()
+    assert all(torch.equal(reference[key], before[key]) for key in before)
+    assert any(not torch.equal(value, before[key]) for key, value in pipeline.unet.state_dict().items())
+
+    loaded = PIPELINES[name]()
+    loaded.unet = UNet2DConditionModel.from_pretrained(tmp_path, subfolder="unet")
+    np.testing.assert_allclose(images(loaded), images(pipeline), atol=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+def test_every_loss_type_trains(tmp_path, loss_type):
+    trainer = make_trainer(tmp_path, loss_type=loss_type, beta=1000.0)
+    initial = adapter(trainer)
+    trainer.train()
+    assert np.isfinite(trainer.state.log_history[0]["loss"])
+    assert any(not torch.equal(value, initial[key]) for key, value in adapter(trainer).items())
+
+
+def test_several_losses_are_summed_with_their_weights(tmp_path):
+    trainer = make_trainer(tmp_path, loss_type=["pairwise", "top1"], loss_weights=[0.5, 2.0], beta=100.0)
+    batch = first_batch(trainer)
+    single = {}
+    combined = trainer._compute_loss(trainer.model, batch, return_outputs=False)
+    for loss_type in ("pairwise", "top1"):
+        trainer.loss_types, trainer.loss_weights = [loss_type], [1.0]
+        single[loss_type] = trainer._compute_loss(trainer.model, batch, return_outputs=False)
+    torch.testing.assert_close(combined, 0.5 * single["pairwise"] + 2.0 * single["top1"])
+
+
+# The loss
+
+
+def test_pair_loss_is_the_published_script_on_the_same_draws(tmp_path):
+    """The whole step transcribed from Diffusion-DPO's formula: value, and gradient on the LoRA weights."""
+    trainer = make_trainer(tmp_path, data=ranked_dataset((2, 2, 2)), beta=500.0, loss_type="pairwise")
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:  # an adapter that has learnt something
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(len(name)))
+    batch = first_batch(trainer)
+    loss = trainer._compute_loss(trainer.model, batch, return_outputs=False)
+    parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, parameters)
+
+    best_first = batch["ranks"].argsort(1)
+    rows = torch.arange(3)
+    u, noise = draw_rows(trainer.args.seed, batch["row_seeds"].tolist(), 0, (4, 8, 8))
+    timesteps = (u * 1000).long()
+    alphas_cumprod = trainer.family.scheduler.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
+    unet = trainer.model.get_base_model().denoiser
+
+    def errors(place: int) -> torch.Tensor:
+        latents = batch["latents"][rows, best_first[:, place]].float()
+        prediction = unet(
+            alphas_cumprod.sqrt() * latents + (1 - alphas_cumprod).sqrt() * noise,
+            timesteps,
+            encoder_hidden_states=batch["prompt_conditioning"]["prompt_embeds"].float(),
+            added_cond_kwargs={
+                "text_embeds": batch["prompt_conditioning"]["pooled_prompt_embeds"].float(),
+                "time_ids": batch["image_conditioning"]["add_time_ids"][rows, best_first[:, place]].float(),
+            },
+        ).sample
+        return (prediction - noise).pow(2).mean(dim=[1, 2, 3])
+
+    with torch.no_grad(), trainer.model.disable_adapter():
+        ref_w, ref_l = errors(0), errors(1)
+    model_w, model_l = errors(0), errors(1)
+    inside_term = -0.5 * 500.0 * ((model_w - model_l) - (ref_w - ref_l))
+    expected = -F.logsigmoid(inside_term).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    for gradient, expected_gradient in zip(gradients, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_one_forward_pass_for_all_images_and_one_for_the_reference(tmp_path):
+    trainer = make_trainer(tmp_path)
+    calls = []
+    denoiser = trainer.model.get_base_model().denoiser
+    denoiser.register_forward_pre_hook(lambda _, args: calls.append((args[0].shape[0], torch.is_grad_enabled())))
+    trainer._compute_loss(trainer.model, first_batch(trainer), return_outputs=False)
+    assert calls == [(19, False), (19, True)]  # 4 + 4 + 3 + 2 + 4 + 2 images, no padding among them
+
+
+def test_rows_of_different_n_do_not_disturb_each_other(tmp_path):
+    trainer = make_trainer(tmp_path, beta=1000.0)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    together = trainer._compute_loss(trainer.model, first_batch(trainer), return_outputs=False)
+    alone = []
+    for example in trainer.train_dataset:
+        batch = trainer._prepare_inputs(trainer.data_collator([example]))
+        alone.append(trainer._compute_loss(trainer.model, batch, return_outputs=False))
+    torch.testing.assert_close(together, torch.stack(alone).mean(), rtol=1e-4, atol=1e-5)
+
+
+def test_without_signal_every_margin_is_exactly_zero(tmp_path):
+    """At t = 999 of a schedule with zero terminal SNR all images of a row are the same input under shared noise."""
+    trainer = make_trainer(
+        tmp_path,
+        tiny_sdxl_pipeline(rescale_betas_zero_snr=True),
+        ranked_dataset((4, 4)),
+        timestep_sampling="discrete",
+        timesteps=[999],
+        beta=5000.0,
+    )
+    assert trainer.family.scheduler.alphas_cumprod[999] == 0
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    loss = trainer._compute_loss(trainer.model, first_batch(trainer), return_outputs=False)
+    gradients = torch.autograd.grad(loss, [p for p in trainer.model.parameters() if p.requires_grad])
+    metrics = trainer._metrics["train"]
+    assert metrics["rewards/margins"] == [0.0]
+    assert metrics["rewards/accuracies"] == [0.5]
+    assert abs(metrics["rewards/chosen"][0]) > 0
+    assert max(gradient.abs().max() for gradient in gradients) < 1e-2  # rounding of sums that cancel, times beta
+
+
+@pytest.mark.parametrize("peft_config", ["lora", None])
+def test_activation_checkpointing_changes_neither_loss_nor_gradient(tmp_path, peft_config):
+    results = []
+    for checkpointing in (False, True):
+        trainer = make_trainer(
+            tmp_path, peft_config=peft_config, activation_checkpointing=checkpointing, beta=100.0, max_steps=1
+        )
+        seen = []
+        trainer.add_callback(_Gradients(seen))
+        trainer.train()
+        assert trainer.model.is_activation_checkpointing == checkpointing
+        results.append((trainer.state.log_history[0]["loss"], seen))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
+    assert len(results[0][1]) == len(results[1][1]) > 0
+    for plain, checkpointed in zip(results[0][1], results[1][1], strict=True):
+        torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-6)
+
+
+class _Gradients(TrainerCallback):
+    def __init__(self, seen: list):
+        self.seen = seen
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.seen += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+# Reproducibility
+
+
+def test_same_seed_same_weights_and_another_seed_others(tmp_path):
+    weights = []
+    for index, seed in enumerate((0, 0, 1)):
+        trainer = make_trainer(tmp_path / str(index), seed=seed, max_steps=3)
+        trainer.train()
+        weights.append(adapter(trainer))
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    assert any(not torch.equal(weights[0][key], weights[2][key]) for key in weights[0])
+
+
+@pytest.mark.parametrize("peft_config", ["lora", None])
+def test_interrupted_training_resumes_to_the_same_weights(tmp_path, peft_config):
+    """Six steps of two rows over six rows are two epochs: the second epoch's draws differ from the first's."""
+    options = {"peft_config": peft_config, "max_steps": 6, "learning_rate": 1e-3, "lr_scheduler_type": "cosine"}
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    cut = make_trainer(
+        tmp_path / "cut", **options, save_strategy="steps", save_steps=4, callbacks=[_StopAfter(4)]
+    )
+    cut.train()
+    assert cut.state.global_step == 4
+    resumed = make_trainer(tmp_path / "cut", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-4"))
+    assert resumed.state.global_step == 6
+    expected = dict(whole.model.named_parameters())
+    for name, parameter in resumed.model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+
+
+class _StopAfter(TrainerCallback):
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step >= self.step
+
+
+def test_each_visit_of_a_row_has_its_own_noise(tmp_path):
+    trainer = make_trainer(tmp_path, beta=100.0)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    losses = []
+    for epoch in (0.0, 0.99, 1.0, 2.5):
+        trainer.state.epoch = epoch
+        losses.append(trainer._compute_loss(trainer.model, first_batch(trainer), return_outputs=False).item())
+    assert losses[0] == losses[1]
+    assert len(set(losses)) == 3
+
+
+def test_evaluations_are_comparable(tmp_path):
+    """Same weights, same `eval_loss`, whatever was drawn between; the logs carry TRL's names with `eval_`."""
+    trainer = make_trainer(tmp_path, eval_dataset=ranked_dataset(seed=1), per_device_eval_batch_size=4)
+    first = trainer.evaluate()
+    trainer.state.epoch = 1.7
+    second = trainer.evaluate()
+    for name in ("eval_loss", "eval_rewards/accuracies", "eval_error/chosen", "eval_error/rejected_delta"):
+        assert first[name] == second[name]
+    assert EVALUATION == -1
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] != first["eval_loss"]
+
+
+def test_trls_metric_names_and_the_monitors_are_logged(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    start = trainer.state.log_history[0]
+    expected = {f"rewards/{key}" for key in ("chosen", "rejected", "margins", "accuracies", "kendall_tau", "saturation")}
+    expected |= {"logps/chosen", "logps/rejected", "error/chosen_delta", "error/rejected_delta", "loss", "grad_norm"}
+    assert expected <= set(start)
+    # Before the first step the adapter is zero: ties count one half
+    assert start["rewards/accuracies"] == 0.5
+    assert start["error/chosen_delta"] == start["rewards/margins"] == 0
+    assert trainer.state.log_history[1]["rewards/chosen"] != 0
+
+
+def test_displacement_is_warned_of_once(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, displacement_patience=3)
+    with caplog.at_level(logging.WARNING):
+        for step in range(6):
+            trainer.log({"error/chosen_delta": 0.01 * (step + 1), "error/rejected_delta": 0.03 * (step + 1)})
+    warnings = [record.message for record in caplog.records if "Displacement at step" in record.message]
+    assert len(warnings) == 1
+    assert "lower `learning_rate` (now 0.01) or raise `beta` (now 5000)" in warnings[0]
+
+
+# What can be given as model, reference and data
+
+
+def test_model_by_folder_pipeline_and_denoiser(tmp_path, sdxl_folder):
+    pipeline = DiffusionPipeline.from_pretrained(sdxl_folder)
+    losses = []
+    for model, processing_class in (
+        (sdxl_folder, None),
+        (pipeline, None),
+        (DiffusionPipeline.from_pretrained(sdxl_folder).unet, DiffusionPipeline.from_pretrained(sdxl_folder)),
+        (UNet2DConditionModel.from_pretrained(sdxl_folder, subfolder="unet"), pipeline),
+    ):
+        trainer = make_trainer(tmp_path, model, processing_class=processing_class)
+        losses.append(trainer._compute_loss(trainer.model, first_batch(trainer), return_outputs=False).item())
+    assert losses == [losses[0]] * 4
+
+
+def test_own_reference_is_used(tmp_path):
+    torch.manual_seed(5)
+    reference = tiny_sdxl_pipeline().unet
+    for parameter in reference.parameters():
+        parameter.data.mul_(1.1)
+    trainer = make_trainer(tmp_path, ref_model=reference)
+    trainer._compute_loss(trainer.model, first_batch(trainer), return_outputs=False)
+    assert trainer._metrics["train"]["error/chosen_delta"][0] != 0
+    assert not any(parameter.requires_grad for parameter in reference.parameters())
+
+
+def test_reference_follows_the_model_where_it_is_asked_to(tmp_path):
+    """TRL's TR-DPO callback works on the wrapped denoisers."""
+    trainer = make_trainer(
+        tmp_path,
+        peft_config=None,
+        sync_ref_model=True,
+        ref_model_sync_steps=1,
+        ref_model_mixup_alpha=1.0,
+        learning_rate=1e-3,
+    )
+    trainer.train()
+    for reference, trained in zip(trainer.ref_model.parameters(), trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(reference, trained)
+
+
+def test_beta_defaults_to_the_familys(tmp_path):
+    assert make_trainer(tmp_path).beta == 5000
+    assert make_trainer(tmp_path, tiny_sd_pipeline()).beta == 2000
+    assert make_trainer(tmp_path, loss_type="linear").beta == 500
+    assert make_trainer(tmp_path, beta=7.0).beta == 7
+
+
+def test_encoders_leave_memory_and_a_second_run_encodes_nothing(tmp_path, monkeypatch):
+    pipeline = tiny_sdxl_pipeline()
+    data = ranked_dataset((3, 2), seed=11)
+    first = make_trainer(tmp_path, pipeline, data)
+    assert first.family.pipeline is None
+    monkeypatch.setattr(type(first.family), "encode_images", _never)
+    second = make_trainer(tmp_path, tiny_sdxl_pipeline(), data)
+    torch.testing.assert_close(first_batch(second)["latents"], first_batch(first)["latents"])
+    other = tiny_sdxl_pipeline()
+    other.vae.encoder.conv_in.weight.data.mul_(1.01)  # another VAE is another cache
+    with pytest.raises(ValueError, match="encoded again"):
+        make_trainer(tmp_path, other, data)
+
+
+def _never(*args):
+    raise ValueError("encoded again")
+
+
+def test_encoding_at_each_step_gives_the_same_as_the_cache(tmp_path):
+    cached = make_trainer(tmp_path)
+    fresh = make_trainer(tmp_path, cache_latents=False)
+    assert fresh.family.pipeline is not None
+    batches = [first_batch(trainer) for trainer in (cached, fresh)]
+    assert torch.equal(batches[0]["row_seeds"], batches[1]["row_seeds"])
+    errors = [t._errors(t.model, batch, "train")[0] for t, batch in zip((cached, fresh), batches, strict=True)]
+    torch.testing.assert_close(errors[0], errors[1], rtol=1e-2, atol=1e-3)  # the cache is in half precision
+    fresh.train()
+    assert fresh.state.global_step == 2
+
+
+def test_stream_trains(tmp_path):
+    stream = ranked_dataset().to_iterable_dataset()
+    trainer = make_trainer(tmp_path, data=stream, max_steps=5)
+    initial = adapter(trainer)
+    trainer.train()
+    assert trainer.state.global_step == 5
+    assert any(not torch.equal(value, initial[key]) for key, value in adapter(trainer).items())
+
+
+def test_stream_of_a_generator_without_features_trains(tmp_path):
+    def rows():
+        generator = np.random.default_rng(0)
+        for _ in range(4):
+            yield {"prompt": "a cat", "images": [random_image(generator) for _ in range(3)], "scores": [0.1, 0.7, 0.2]}
+
+    trainer = make_trainer(tmp_path, data=IterableDataset.from_generator(rows))
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"compute_metrics": lambda _: {}}, "`compute_metrics` can't be used with a diffusion model"),
+        ({"data_collator": lambda _: {}}, "`data_collator` can't be used with a diffusion model"),
+        ({"resolution": 15}, "`resolution=15` must be a multiple of 2"),
+        ({"timestep_sampling": "discrete", "timesteps": [1000]}, "between 0 and 999"),
+        ({"peft_config": LoraConfig(task_type="SEQ_CLS")}, "`lora_task_type=.*SEQ_CLS.*has no meaning"),
+        ({"peft_config": LoraConfig(modules_to_save=["conv_in"])}, "can't hold: got `modules_to_save=.*conv_in"),
+        ({"peft_config": LoraConfig(bias="all")}, "`bias='all'`"),
+        ({"model_init_kwargs": {"revision": "x"}}, "`model_init_kwargs` are for loading a model by name"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, **options)
+
+
+def test_wrong_models_are_refused(tmp_path, sdxl_folder):
+    with pytest.raises(ValueError, match="Can't load the model 'no/such-model'"):
+        make_trainer(tmp_path, "no/such-model")
+    with pytest.raises(TypeError, match="`model` must be a Hub id, a folder, a `DiffusionPipeline` or a denoiser"):
+        make_trainer(tmp_path, 3)
+    with pytest.raises(ValueError, match="doesn't say where it was loaded from"):
+        make_trainer(tmp_path, tiny_sdxl_pipeline().unet)
+    with pytest.raises(TypeError, match="`processing_class` .* must be a `DiffusionPipeline`, got `CLIPTokenizer`"):
+        make_trainer(tmp_path, sdxl_folder, processing_class=tiny_sdxl_pipeline().tokenizer)
+    adapted = tiny_sdxl_pipeline()
+    adapted.unet.add_adapter(lora())
+    with pytest.raises(ValueError, match="already carries an adapter"):
+        make_trainer(tmp_path, adapted.unet, processing_class=adapted)
+    with pytest.raises(ValueError, match="`attn_implementation='flash_attention_2'` is Transformers' option"):
+        make_trainer(tmp_path, sdxl_folder, model_init_kwargs={"attn_implementation": "flash_attention_2"})
+
+
+def test_wrong_datasets_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="`train_dataset` is required"):
+        RankedDiffusionDPOTrainer(tiny_sdxl_pipeline(), args=config(tmp_path), peft_config=lora())
+    with pytest.raises(TypeError, match="must be a `Dataset` or `IterableDataset`"):
+        make_trainer(tmp_path, data=[{"prompt": "a"}])
+    with pytest.raises(ValueError, match="`cache_latents=True` can't be had for a stream"):
+        make_trainer(tmp_path, data=ranked_dataset().to_iterable_dataset(), cache_latents=True)
+    with pytest.raises(ValueError, match="The eval dataset is a stream, but the train dataset is cached"):
+        make_trainer(tmp_path, eval_dataset=ranked_dataset().to_iterable_dataset())
+    trainer = make_trainer(tmp_path)
+    with pytest.raises(ValueError, match="isn't encoded, and the VAE and text encoders have left memory"):
+        trainer.evaluate(ranked_dataset(seed=4))
+
+
+def test_undecodable_image_is_named_or_skipped(tmp_path):
+    data = ranked_dataset((2, 2, 2))
+    rows = [data[index] for index in range(3)]
+    rows = [{**row, "images": [{"bytes": _png(image), "path": None} for image in row["images"]]} for row in rows]
+    rows[1]["images"][1] = {"bytes": b"not an image", "path": None}
+    broken = Dataset.from_list(rows, features=data.features)
+    with pytest.raises(ValueError, match="Row 1 of the train dataset, image 1: the image can't be decoded"):
+        make_trainer(tmp_path, data=broken)
+    assert len(make_trainer(tmp_path, data=broken, on_bad_row="skip").train_dataset) == 2
+
+
+def _png(image) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
