@@ -51,7 +51,9 @@ def test_dora_and_patterns_load_in_stock_diffusers(tmp_path):
 def test_missing_and_foreign_weights_are_refused():
     model, _ = wrapped(tiny_sd_pipeline())
     state = {key: value for key, value in model.state_dict().items() if "down_blocks.0.resnets.0.conv1" not in key}
-    with pytest.raises(RuntimeError, match=r"1 of \d+ LoRA modules have no weights to save, the first being `down_blo"):
+    with pytest.raises(
+        RuntimeError, match=r"1 of \d+ LoRA modules have no weights to save, the first being `down_blo"
+    ):
         hub.lora_state_dict(model, state)
     model, _ = wrapped(tiny_sd_pipeline(), modules_to_save=["conv_in"])
     with pytest.raises(RuntimeError, match=r"also has .*conv_in.*Train without `modules_to_save`"):

@@ -74,7 +74,11 @@ def tiny_sd_pipeline(prediction_type: str = "epsilon", **scheduler) -> StableDif
         tokenizer=tokenizer,
         unet=tiny_unet(cross_attention_dim=16),
         scheduler=DDIMScheduler(
-            prediction_type=prediction_type, timestep_spacing="trailing", clip_sample=False, steps_offset=1, **scheduler
+            prediction_type=prediction_type,
+            timestep_spacing="trailing",
+            clip_sample=False,
+            steps_offset=1,
+            **scheduler,
         ),
         safety_checker=None,
         feature_extractor=None,
@@ -98,7 +102,11 @@ def tiny_sdxl_pipeline(prediction_type: str = "epsilon", **scheduler) -> StableD
             projection_class_embeddings_input_dim=16 + 6 * 8,
         ),
         scheduler=DDIMScheduler(
-            prediction_type=prediction_type, timestep_spacing="trailing", clip_sample=False, steps_offset=1, **scheduler
+            prediction_type=prediction_type,
+            timestep_spacing="trailing",
+            clip_sample=False,
+            steps_offset=1,
+            **scheduler,
         ),
         add_watermarker=False,
     )

@@ -10,12 +10,12 @@ from trl_diffusion_rank import RankedDiffusionDPOConfig, RankedDiffusionDPOTrain
 
 
 def main(script_args, training_args, model_args):
-    training_args.model_init_kwargs = dict(
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-        attn_implementation=model_args.attn_implementation,
-        dtype=model_args.dtype,
-    )
+    training_args.model_init_kwargs = {
+        "revision": model_args.model_revision,
+        "trust_remote_code": training_args.trust_remote_code,
+        "attn_implementation": model_args.attn_implementation,
+        "dtype": model_args.dtype,
+    }
     dataset = load_from_disk(script_args.dataset_name)
 
     trainer = RankedDiffusionDPOTrainer(

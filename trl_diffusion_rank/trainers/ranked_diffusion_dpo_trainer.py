@@ -146,9 +146,7 @@ class RankedDiffusionDPOTrainer(DPOTrainer):
             family_beta = "default_beta_linear" if args.loss_type == ["linear"] else "default_beta"
             args.beta = getattr(self.family, family_beta)
             logger.info(f"`beta` is the `{self.family.name}` family's, {args.beta:g}.")
-        self.timestep_grid = allowed_timesteps(
-            args.timestep_sampling, args.timesteps, self.family.num_train_timesteps
-        )
+        self.timestep_grid = allowed_timesteps(args.timestep_sampling, args.timesteps, self.family.num_train_timesteps)
         self.resolution = args.resolution or self.family.default_resolution
         if self.resolution % self.family.vae_scale_factor:
             raise ValueError(
@@ -164,9 +162,7 @@ class RankedDiffusionDPOTrainer(DPOTrainer):
                 "Leave it unset, or load the dataset without streaming."
             )
         self.cache_latents = not streaming if args.cache_latents is None else args.cache_latents
-        self._collator = (
-            EncodedRowCollator() if self.cache_latents else RawRowCollator(self.family, self.resolution)
-        )
+        self._collator = EncodedRowCollator() if self.cache_latents else RawRowCollator(self.family, self.resolution)
         if isinstance(train_dataset, (Dataset, IterableDataset)):
             train_dataset = to_ranked(train_dataset, "train")
         self._displacement = DisplacementMonitor(args.displacement_patience)

@@ -45,8 +45,7 @@ class StableDiffusionXLFamily(Family):
         half precision on the way (DeepSpeed does) leaves integers alone.
         """
         rows = [
-            (*size, *offset, resolution, resolution)
-            for size, offset in zip(original_sizes, crop_offsets, strict=True)
+            (*size, *offset, resolution, resolution) for size, offset in zip(original_sizes, crop_offsets, strict=True)
         ]
         return {"add_time_ids": torch.tensor(rows, dtype=torch.int32)}
 
