@@ -1,0 +1,63 @@
+"""A run does not change with the number of processes: noise and timesteps belong to the row."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import ranked_dataset, tiny_sdxl_pipeline
+
+from trl_diffusion_rank import RankedDiffusionDPOConfig, RankedDiffusionDPOTrainer
+
+
+def train(folder: str, batch_size: int) -> None:
+    """Four steps of four rows, whatever the number of processes; the losses are written to `folder`."""
+    from peft import LoraConfig
+
+    trainer = RankedDiffusionDPOTrainer(
+        model=tiny_sdxl_pipeline(),
+        args=RankedDiffusionDPOConfig(
+            folder,
+            per_device_train_batch_size=batch_size,
+            max_steps=4,
+            logging_steps=1,
+            learning_rate=1e-3,
+            beta=100.0,  # 5000 would show the rounding of float32 errors, which batches of another size round otherwise
+            bf16=False,
+            use_cpu=True,
+            activation_checkpointing=False,
+            report_to="none",
+            save_strategy="no",
+        ),
+        train_dataset=ranked_dataset((4, 3, 2, 4, 3, 2, 4, 4)),
+        peft_config=LoraConfig(r=4, target_modules=["to_q", "to_v", "conv1"]),
+    )
+    trainer.train()
+    if trainer.accelerator.is_main_process:
+        history = [log for log in trainer.state.log_history if "loss" in log]
+        Path(folder, "history.json").write_text(json.dumps([trainer.accelerator.num_processes, history]))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_losses_of_one(tmp_path):
+    histories = {}
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
+        command += ["--num_processes", str(processes), "--num_cpu_threads_per_process", "1", "--mixed_precision", "no"]
+        command += ["--dynamo_backend", "no", *(["--multi_gpu"] if processes > 1 else []), __file__]
+        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+        subprocess.run([*command, str(folder), str(4 // processes)], check=True, env=environment)
+        seen, histories[processes] = json.loads((folder / "history.json").read_text())
+        assert seen == processes
+    assert len(histories[1]) == 4
+    for one, two in zip(histories[1], histories[2], strict=True):
+        for name in ("loss", "rewards/margins", "rewards/accuracies", "error/chosen"):
+            assert two[name] == pytest.approx(one[name], rel=1e-5, abs=3e-5), name
+
+
+if __name__ == "__main__":
+    train(sys.argv[1], int(sys.argv[2]))
