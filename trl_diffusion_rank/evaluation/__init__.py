@@ -1,0 +1,1 @@
+"""Base against tuned: judges, statistics with intervals, and a picture."""
