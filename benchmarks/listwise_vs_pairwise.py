@@ -5,9 +5,9 @@ List losses against pair losses at equal image-forwards, on the embedded world.
     python benchmarks/listwise_vs_pairwise.py
 
 Every method takes 200 steps of 40 image-forwards from the same lists of four: ten lists for the list losses, twenty
-pairs (the best and the worst of a list) for `best_vs_worst`, forty single images for supervised fine-tuning on the best.
-The controls are that fine-tuning and lists whose ranks are shuffled. The judges were fitted on digits that neither the
-model nor the scorer has seen.
+pairs (the best and the worst of a list) for `best_vs_worst`, forty images for supervised fine-tuning on the best.
+The controls are that fine-tuning and lists whose ranks are shuffled. The judges were fitted on digits that neither
+the model nor the scorer has seen.
 """
 
 import argparse

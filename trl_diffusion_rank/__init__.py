@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
-    from trl_diffusion_rank.data.loading import load_ranked_dataset
     from trl_diffusion_rank.diffusion.families import recognise_family
     from trl_diffusion_rank.diffusion.loading import load_pipeline
     from trl_diffusion_rank.digits import digits_model_path
@@ -19,7 +18,6 @@ _EXPORTS = {
     "RankedDiffusionDPOTrainer": "trl_diffusion_rank.trainers.ranked_diffusion_dpo_trainer",
     "digits_model_path": "trl_diffusion_rank.digits",
     "load_pipeline": "trl_diffusion_rank.diffusion.loading",
-    "load_ranked_dataset": "trl_diffusion_rank.data.loading",
     "recognise_family": "trl_diffusion_rank.diffusion.families",
 }
 __all__ = [
@@ -27,7 +25,6 @@ __all__ = [
     "RankedDiffusionDPOTrainer",
     "digits_model_path",
     "load_pipeline",
-    "load_ranked_dataset",
     "recognise_family",
 ]
 __version__ = version("trl-diffusion-rank")

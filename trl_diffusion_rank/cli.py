@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .launch import flag_groups, launch_actions, launch_argv
-from .recipe import (
+from trl_diffusion_rank.launch import flag_groups, launch_actions, launch_argv
+from trl_diffusion_rank.recipe import (
     PROGRAM,
     STAGES,
     Recipe,
@@ -28,7 +28,7 @@ from .recipe import (
     stage_parser,
     unknown_flag,
 )
-from .runner import check_output, execute, make_step, plan, run_recipe
+from trl_diffusion_rank.runner import check_output, execute, make_step, plan, run_recipe
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .recipe import PROGRAM, RecipeError, nearest
+from trl_diffusion_rank.recipe import PROGRAM, RecipeError, nearest
 
 
 # `module` and the script are set here; `accelerate_config` is TRL's: a preset's name (zero2, fsdp2, ...) or a file

@@ -14,6 +14,7 @@ import contextlib
 import difflib
 import importlib
 import sys
+import traceback
 import types
 from argparse import SUPPRESS, Action, ArgumentTypeError
 from collections.abc import Callable, Iterable, Iterator
@@ -366,6 +367,22 @@ def parse_stage(stage: str, argv: list[str] | None = None) -> tuple[Any, ...]:
             set_defaults(parser, stage, recipe, run_dir, flags)
         parsed = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     return parsed[: len(parser.dataclass_types)]  # what follows holds `--recipe` and `--run_dir`
+
+
+def run_stage(stage: str) -> None:
+    """
+    What a launched stage module does: parse, then work. Bad input that only shows while working ends with one line
+    too; where it came from is kept in `<output_dir>/traceback.txt`.
+    """
+    arguments = parse_stage(stage)
+    try:
+        stage_module(stage).main(*arguments)
+    except (TypeError, ValueError) as error:
+        folder = Path(next(args.output_dir for args in arguments if hasattr(args, "output_dir")))
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "traceback.txt").write_text(traceback.format_exc())
+        print(f"{PROGRAM} {stage}: error: {error} ({folder / 'traceback.txt'})", file=sys.stderr)
+        sys.exit(1)
 
 
 def check_stage(stage: str, recipe: Recipe, run_dir: Path) -> None:

@@ -19,8 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .launch import launch
-from .recipe import (
+from trl_diffusion_rank.launch import launch
+from trl_diffusion_rank.recipe import (
     PROGRAM,
     STAGES,
     Recipe,

@@ -5,6 +5,7 @@ import logging
 import numpy as np
 import pytest
 from datasets import Dataset, Features, Image, List, Value, load_dataset
+from scipy.stats import rankdata
 from tiny import random_image, ranked_dataset
 
 from trl_diffusion_rank.data.ranked_rows import IMAGES, BadRowError, check_rows, dense_ranks, read_row, to_ranked
@@ -25,6 +26,11 @@ def test_ranks_from_ranks_scores_and_order():
     assert read_row(row(scores=[0.1, 0.9, 0.1]), "row").ranks == [2, 1, 2]
     assert read_row(row(), "row").ranks == [1, 2, 3]
     assert read_row({"prompt": "a", "chosen": b"0", "rejected": b"1"}, "row").ranks == [1, 2]
+
+
+def test_dense_ranks_agree_with_scipy():
+    values = np.random.default_rng(0).integers(0, 5, 20).astype(float)
+    assert dense_ranks(values.tolist()) == rankdata(-values, method="dense").tolist()
     assert dense_ranks([5.0, 7.0, 5.0, 1.0]) == [2, 1, 2, 3]
 
 

@@ -27,4 +27,6 @@ def test_stable_seed_is_the_same_everywhere():
     """A literal: were it to change, caches and resumed runs would silently change with it."""
     assert stable_seed("a prompt", b"pixels", 3) == 6_170_063_932_619_133_805
     assert stable_seed("ab", "c") != stable_seed("a", "bc")
-    assert 0 <= stable_seed("x") < 2**63
+    seeds = {stable_seed(0, "a cat", index) for index in range(2000)}
+    assert len(seeds) == 2000 and all(0 <= seed < 2**63 for seed in seeds), "datasets stores seeds as int64"
+    assert max(seeds) > 2**62

@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
-from scipy.stats import rankdata
 
-from trl_diffusion_rank.scorers.aggregate import dense_ranks, win_shares
+from trl_diffusion_rank.scorers.aggregate import win_shares
 
 
 NO_MARGIN = np.zeros(1)
@@ -39,9 +38,3 @@ def test_margins_make_near_ties():
 def test_shares_of_a_row_have_mean_one_half():
     scores = np.random.default_rng(0).integers(4, size=(3, 6)).astype(float)
     assert win_shares(scores, np.zeros(3)).mean() == pytest.approx(0.5)
-
-
-def test_dense_ranks_agree_with_scipy():
-    values = np.random.default_rng(0).integers(5, size=20)
-    assert dense_ranks(values).tolist() == rankdata(-values, method="dense").tolist()
-    assert dense_ranks(np.array([0.75, 0.0, 0.75, 1.0])).tolist() == [2, 3, 2, 1]

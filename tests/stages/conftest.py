@@ -1,58 +1,14 @@
-"""A StableDiffusionPipeline of real classes at toy size, with random weights: 8x8 images in milliseconds."""
-
-import string
+"""What the stages read, as the stages before would leave it."""
 
 import pytest
+from tiny import tiny_sd_pipeline
 
 
 @pytest.fixture(scope="session")
 def tiny_pipeline(tmp_path_factory) -> str:
-    """Folder of the pipeline."""
-    import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-    letters = [*string.ascii_lowercase, *(letter + "</w>" for letter in string.ascii_lowercase)]
-    vocab = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
-    torch.manual_seed(0)
-    pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL(
-            block_out_channels=(8, 8),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            norm_num_groups=4,
-            sample_size=8,
-        ),
-        text_encoder=CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(vocab),
-                hidden_size=16,
-                intermediate_size=16,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                max_position_embeddings=16,
-                bos_token_id=vocab["<|startoftext|>"],
-                eos_token_id=vocab["<|endoftext|>"],
-            )
-        ),
-        tokenizer=CLIPTokenizer(vocab=vocab, merges=[], model_max_length=16),
-        unet=UNet2DConditionModel(
-            sample_size=4,
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            cross_attention_dim=16,
-            attention_head_dim=4,
-            norm_num_groups=4,
-        ),
-        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    """Folder of a pipeline with random weights that draws 16x16 images in milliseconds."""
     folder = tmp_path_factory.mktemp("tiny_pipeline")
-    pipe.save_pretrained(folder)
+    tiny_sd_pipeline().save_pretrained(folder)
     return str(folder)
 
 

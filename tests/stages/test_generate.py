@@ -44,7 +44,7 @@ def test_rows(run, tmp_path):
     assert list(splits) == ["train"] and list(splits["train"]["prompt"]) == ["a cat", "a dog", "a cat"]
     for row in splits["train"]:
         assert row["sources"] == ["tiny@1", "tiny@2", "tiny@2"]
-        assert all(image.size == (8, 8) and image.mode == "RGB" for image in row["images"])
+        assert all(image.size == (16, 16) and image.mode == "RGB" for image in row["images"])
     seeds = [seed for row in splits["train"] for seed in row["seeds"]]
     assert len(set(seeds)) == 9  # equal prompts in two rows have other seeds, and so have equal steps in one row
     first, _, third = (pixels(row) for row in splits["train"])
@@ -153,7 +153,7 @@ def test_a_black_image_is_drawn_again_with_another_seed(run, monkeypatch, capsys
     def first_is_black(pipe, prompts, seeds, **options):
         images = sample(pipe, prompts, seeds, **options)
         calls.append(len(prompts))
-        return [Image.new("RGB", (8, 8)), *images[1:]] if len(calls) == 1 else images
+        return [Image.new("RGB", (16, 16)), *images[1:]] if len(calls) == 1 else images
 
     whole = run("whole")["train"]
     monkeypatch.setattr(sampling, "sample_images", first_is_black)
@@ -171,7 +171,7 @@ def test_an_image_that_stays_black_is_left_out_and_counted(run, monkeypatch, cap
     def dogs_are_black(pipe, prompts, seeds, *, num_inference_steps, **options):
         images = sample(pipe, prompts, seeds, num_inference_steps=num_inference_steps, **options)
         black = [prompt == "a dog" and num_inference_steps == 2 for prompt in prompts]
-        return [Image.new("RGB", (8, 8)) if b else image for b, image in zip(black, images, strict=True)]
+        return [Image.new("RGB", (16, 16)) if b else image for b, image in zip(black, images, strict=True)]
 
     monkeypatch.setattr(sampling, "sample_images", dogs_are_black)
     data = run()["train"]

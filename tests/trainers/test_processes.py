@@ -24,7 +24,7 @@ def train(folder: str, batch_size: int) -> None:
             max_steps=4,
             logging_steps=1,
             learning_rate=1e-3,
-            beta=100.0,  # 5000 would show the rounding of float32 errors, which batches of another size round otherwise
+            beta=100.0,  # 5000 would show how differently float32 rounds the errors of another batch size
             bf16=False,
             use_cpu=True,
             activation_checkpointing=False,

@@ -2,50 +2,58 @@
 
 from pathlib import Path
 
-from datasets import DatasetDict, IterableDatasetDict, load_dataset, load_from_disk
-from datasets.exceptions import DatasetNotFoundError
+from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
 
 
+# The builders of `datasets` by the ending of a file's name.
 FILE_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 
 
-def load_ranked_dataset(
+def load_splits(
     name: str, config: str | None = None, streaming: bool = False
-) -> DatasetDict | IterableDatasetDict:
+) -> DatasetDict | dict[str, Dataset | IterableDataset]:
     """
-    Load the splits of a dataset of ranked images.
+    All splits of a dataset by name.
 
     Args:
-        name (`str`): a Hub id; a folder written by a stage (`save_to_disk`); a folder of images with a
-            `metadata.jsonl` (rows of `file_name`, `prompt` and `rank` or `score`, or of `images_file_names`, `prompt`
-            and `ranks`); or a parquet, json, jsonl or csv file.
-        config (`str`, *optional*): the Hub dataset's configuration.
-        streaming (`bool`, *optional*, defaults to `False`): don't download first.
-
-    Raises:
-        `ValueError`: if there is no such dataset.
+        name (`str`):
+            A folder saved with `save_to_disk`, as the stages write; a parquet, json, jsonl, csv or txt file; a folder
+            of such files, or of images with a `metadata.jsonl` (lines of `file_name`, `prompt` and `rank` or `score`,
+            or of `images_file_names`, `prompt` and `ranks`); or a dataset on the Hub.
+        config (`str`, *optional*):
+            Configuration of a Hub dataset.
+        streaming (`bool`, *optional*, defaults to `False`):
+            Read rows as they are asked for instead of downloading everything first.
     """
     path = Path(name)
-    if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-        if streaming:
-            raise ValueError(f"`{name}` lies on this disk already: leave `dataset_streaming` off.")
-        dataset = load_from_disk(name)
-        return dataset if isinstance(dataset, DatasetDict) else DatasetDict({"train": dataset})
+    if path.is_file():
+        if path.suffix not in FILE_BUILDERS:
+            raise ValueError(
+                f"`dataset_name` is the file {name!r}; its name must end in one of {', '.join(FILE_BUILDERS)}."
+            )
+        return load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), streaming=streaming)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        data = load_from_disk(str(path))
+        return {"train": data} if isinstance(data, Dataset) else data
     try:
-        if path.is_file():
-            if path.suffix not in FILE_BUILDERS:
-                raise ValueError(f"`{name}`: expected a file ending in {', '.join(FILE_BUILDERS)}.")
-            return load_dataset(FILE_BUILDERS[path.suffix], data_files=name, streaming=streaming)
-        return load_dataset(name, name=config, streaming=streaming)
-    except (DatasetNotFoundError, FileNotFoundError) as error:
+        return load_dataset(name, config, streaming=streaming)
+    except (FileNotFoundError, ConnectionError) as error:
         raise ValueError(
-            f"There is no dataset `{name}`: neither a folder or file here nor a dataset on the Hub you can reach. "
-            f"({str(error).splitlines()[0]})"
+            f"`dataset_name` is {name!r}, which is neither a file or folder on this machine nor a dataset on the Hub "
+            f"that can be reached. ({error})"
         ) from error
 
 
-def pick_split(dataset: DatasetDict | IterableDatasetDict, split: str, option: str):
-    """The split called `split`; a `ValueError` that names the option and the splits there are if it's missing."""
-    if split not in dataset:
-        raise ValueError(f"`{option}={split}`: the dataset has the splits {', '.join(dataset)}.")
-    return dataset[split]
+def load_rows(
+    name: str, split: str, config: str | None = None, columns: tuple[str, ...] = (), streaming: bool = False
+) -> Dataset | IterableDataset:
+    """One split of [`load_splits`], which must have the `columns`."""
+    splits = load_splits(name, config, streaming)
+    if split not in splits:
+        raise ValueError(f"`dataset_split` is {split!r}; {name!r} has the splits {', '.join(splits)}.")
+    rows = splits[split]
+    names = rows.column_names or list(next(iter(rows), {}))  # a stream may not know its columns before its first row
+    for column in columns:
+        if column not in names:
+            raise ValueError(f"There is no column {column!r} in {name!r}; its columns are {', '.join(names)}.")
+    return rows

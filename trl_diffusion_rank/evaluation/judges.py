@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..scorers import load_scorer
+from trl_diffusion_rank.scorers import load_scorer
 
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class DigitsWorldJudge(Judge):
     headline = "good"
 
     def __init__(self, seed: int = 1):
-        from ..digits.classifiers import DigitsJudge
+        from trl_diffusion_rank.digits.classifiers import DigitsJudge
 
         self.fitted = DigitsJudge.fit(seed=seed)
 
@@ -89,7 +89,7 @@ class DigitsWorldJudge(Judge):
 
     def groups(self, prompts: list[str]) -> list[str]:
         """A digit in an ink is the same wish in each of the three wordings."""
-        from ..digits.data import parse_caption
+        from trl_diffusion_rank.digits.data import parse_caption
 
         return [" ".join(parse_caption(prompt)) for prompt in prompts]
 
@@ -97,7 +97,7 @@ class DigitsWorldJudge(Judge):
 def check_prompts(name: str, prompts: list[str]) -> None:
     """Refuse prompts that the judge called `name` can't judge, before any image is drawn."""
     if name == "digits":
-        from ..digits.data import combinations_of
+        from trl_diffusion_rank.digits.data import combinations_of
 
         try:
             combinations_of(prompts)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from . import statistics
+from trl_diffusion_rank.evaluation import statistics
 
 
 # One line of the report: a metric at a number of steps. `json` takes it as it is.

@@ -29,9 +29,3 @@ def win_shares(scores: np.ndarray, margins: np.ndarray) -> np.ndarray:
     """
     num_scorers, n = scores.shape
     return win_counts(scores, margins) / (2 * num_scorers * (n - 1))
-
-
-def dense_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks `(n,)` of values `(n,)`: 1 is the highest, equal values share a rank, no rank is left out."""
-    _, place = np.unique(-np.asarray(values), return_inverse=True)
-    return place + 1

@@ -21,12 +21,12 @@ class DigitsCleanScorer:
     name = "digits_clean"
 
     def __init__(self, seed: int = 0):
-        from ..digits.classifiers import fit_clean_classifier
+        from trl_diffusion_rank.digits.classifiers import fit_clean_classifier
 
         self.model = fit_clean_classifier(seed=seed)
 
     def score(self, images: list[Image], prompts: list[str]) -> np.ndarray:
         """Scores `(N,)` of N images."""
-        from ..digits.classifiers import clean_logit
+        from trl_diffusion_rank.digits.classifiers import clean_logit
 
         return np.asarray(clean_logit(self.model, images), dtype=np.float64)

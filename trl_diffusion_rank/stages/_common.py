@@ -1,21 +1,15 @@
-"""What several stages need: where rows come from, which model a name means, and who writes."""
+"""What several stages need: checks of options, the process's place among others, tables."""
 
 from __future__ import annotations
 
 import difflib
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
     from accelerate import PartialState
-    from datasets import Dataset, DatasetDict, IterableDataset
     from diffusers import DiffusionPipeline
-
-
-# The builders of `datasets` by the ending of a file's name.
-FILE_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv": "csv", ".txt": "text"}
 
 
 # What `dtype` may be.
@@ -71,7 +65,7 @@ def process_state() -> PartialState:
 
 def load_for_sampling(model: str, dtype: str) -> DiffusionPipeline:
     """A pipeline on this process's device. `auto` is bfloat16 on an accelerator and float32 on a CPU."""
-    from ..diffusion.loading import load_pipeline
+    from trl_diffusion_rank.diffusion.loading import load_pipeline
 
     device = process_state().device
     if dtype == "auto":
@@ -79,57 +73,6 @@ def load_for_sampling(model: str, dtype: str) -> DiffusionPipeline:
     pipe = load_pipeline(model, dtype)
     pipe.set_progress_bar_config(disable=True)  # one bar over all images instead of one per batch
     return pipe.to(device)
-
-
-def load_splits(
-    name: str, config: str | None = None, streaming: bool = False
-) -> DatasetDict | dict[str, Dataset | IterableDataset]:
-    """
-    All splits of a dataset by name.
-
-    Args:
-        name (`str`):
-            A folder saved with `save_to_disk`, a parquet, json, jsonl, csv or txt file, a folder of such files, or a
-            dataset on the Hub.
-        config (`str`, *optional*):
-            Configuration of a Hub dataset.
-        streaming (`bool`, *optional*, defaults to `False`):
-            Read rows as they are asked for instead of downloading everything first.
-    """
-    from datasets import Dataset, load_dataset, load_from_disk
-
-    path = Path(name)
-    if path.is_file():
-        if path.suffix not in FILE_BUILDERS:
-            raise ValueError(
-                f"`dataset_name` is the file {name!r}; its name must end in one of {', '.join(FILE_BUILDERS)}."
-            )
-        return load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), streaming=streaming)
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        data = load_from_disk(str(path))
-        return {"train": data} if isinstance(data, Dataset) else data
-    try:
-        return load_dataset(name, config, streaming=streaming)
-    except (FileNotFoundError, ConnectionError) as error:
-        raise ValueError(
-            f"`dataset_name` is {name!r}, which is neither a file or folder on this machine nor a dataset on the Hub "
-            f"that can be reached. ({error})"
-        ) from error
-
-
-def load_rows(
-    name: str, split: str, config: str | None = None, columns: tuple[str, ...] = (), streaming: bool = False
-) -> Dataset | IterableDataset:
-    """One split of [`load_splits`], which must have the `columns`."""
-    splits = load_splits(name, config, streaming)
-    if split not in splits:
-        raise ValueError(f"`dataset_split` is {split!r}; {name!r} has the splits {', '.join(splits)}.")
-    rows = splits[split]
-    names = rows.column_names or list(next(iter(rows), {}))  # a stream may not know its columns before its first row
-    for column in columns:
-        if column not in names:
-            raise ValueError(f"There is no column {column!r} in {name!r}; its columns are {', '.join(names)}.")
-    return rows
 
 
 def format_table(header: list[str], rows: list[list[str]], names: int = 1) -> str:

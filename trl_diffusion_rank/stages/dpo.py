@@ -2,8 +2,8 @@
 Train a text-to-image model on ranked images with direct preference optimization.
 
     trl-diffusion-rank dpo --recipe recipes/sdxl_rank4.yaml
-    trl-diffusion-rank dpo --dataset_name my/ranked-images --model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 \
-        --use_peft --lora_r 16 --output_dir sdxl-ranked
+    trl-diffusion-rank dpo --output_dir sdxl-ranked --dataset_name my/ranked-images --use_peft --lora_r 16 \
+        --model_name_or_path stabilityai/stable-diffusion-xl-base-1.0
 """
 
 HELP = "Train a LoRA or all weights with DPO on ranked images"
@@ -24,7 +24,8 @@ def main(script_args, training_args, model_args) -> None:
     from transformers.trainer_utils import get_last_checkpoint
     from trl import get_peft_config, get_quantization_config
 
-    from trl_diffusion_rank.stages._common import load_rows, require
+    from trl_diffusion_rank.data.loading import load_rows
+    from trl_diffusion_rank.stages._common import require
     from trl_diffusion_rank.trainers.ranked_diffusion_dpo_trainer import RankedDiffusionDPOTrainer
 
     require("dpo", dataset_name=script_args.dataset_name, model_name_or_path=model_args.model_name_or_path)
@@ -67,6 +68,6 @@ def main(script_args, training_args, model_args) -> None:
 
 
 if __name__ == "__main__":
-    from trl_diffusion_rank.recipe import parse_stage
+    from trl_diffusion_rank.recipe import run_stage
 
-    main(*parse_stage("dpo"))
+    run_stage("dpo")

@@ -17,14 +17,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..scorers import known_scorers
-from ._common import (
+from trl_diffusion_rank.scorers import known_scorers
+from trl_diffusion_rank.stages._common import (
     DTYPES,
     check_at_least,
     check_choice,
     format_table,
     load_for_sampling,
-    load_rows,
     process_state,
     require,
 )
@@ -34,8 +33,8 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
-    from ..evaluation.judges import Judge
-    from ..evaluation.report import Result
+    from trl_diffusion_rank.evaluation.judges import Judge
+    from trl_diffusion_rank.evaluation.report import Result
 
 
 HELP = "compare base and tuned model on the test prompts"
@@ -134,7 +133,7 @@ def sample_all_steps(
     """Images of all prompts at every number of steps. Processes share the work, and each gets all of it."""
     from accelerate.utils import gather_object
 
-    from ..diffusion.sampling import is_black, sample_images
+    from trl_diffusion_rank.diffusion.sampling import is_black, sample_images
 
     state = process_state()
     mine = range(state.process_index, len(prompts), state.num_processes)
@@ -169,8 +168,8 @@ def sample_all_steps(
 
 def compare(base: list[Image], tuned: list[Image], prompts: list[str], judges: list[Judge], seed: int) -> list[Result]:
     """All results at one number of steps."""
-    from ..evaluation.judges import pixel_features
-    from ..evaluation.report import compare_diversity, compare_frechet, compare_metric
+    from trl_diffusion_rank.evaluation.judges import pixel_features
+    from trl_diffusion_rank.evaluation.report import compare_diversity, compare_frechet, compare_metric
 
     results = []
     for judge in judges:
@@ -196,7 +195,8 @@ def main(args: EvaluateArguments) -> None:
         dataset_name=args.dataset_name,
         output_dir=args.output_dir,
     )
-    from ..evaluation.judges import check_prompts
+    from trl_diffusion_rank.data.loading import load_rows
+    from trl_diffusion_rank.evaluation.judges import check_prompts
 
     data = load_rows(args.dataset_name, args.dataset_split, columns=("prompt",))
     if args.num_prompts is not None and args.num_prompts > len(data):
@@ -208,10 +208,11 @@ def main(args: EvaluateArguments) -> None:
         check_prompts(name, list(data["prompt"]))
     rows = list(data["row"]) if "row" in data.column_names else list(range(len(data)))
 
-    from ..diffusion.sampling import image_seed, load_tuned
+    from trl_diffusion_rank.diffusion.draws import stable_seed
+    from trl_diffusion_rank.diffusion.sampling import load_tuned
 
     items = [
-        (prompt, image_seed(args.seed, "evaluate", prompt, row, index))
+        (prompt, stable_seed(args.seed, "evaluate", prompt, row, index))
         for prompt, row in zip(data["prompt"], rows, strict=True)
         for index in range(args.images_per_prompt)
     ]
@@ -230,9 +231,9 @@ def report(
     base: dict[int, list[Image]], tuned: dict[int, list[Image]], prompts: list[str], args: EvaluateArguments
 ) -> None:
     """Judge the images; write and print what comes out."""
-    from ..evaluation.grid import image_grid
-    from ..evaluation.judges import load_judge
-    from ..evaluation.report import HEADER, table_rows, verdict
+    from trl_diffusion_rank.evaluation.grid import image_grid
+    from trl_diffusion_rank.evaluation.judges import load_judge
+    from trl_diffusion_rank.evaluation.report import HEADER, table_rows, verdict
 
     judges = [load_judge(name) for name in args.judges]
     results: list[Result] = []
@@ -274,6 +275,6 @@ def report(
 
 
 if __name__ == "__main__":
-    from trl_diffusion_rank.recipe import parse_stage
+    from trl_diffusion_rank.recipe import run_stage
 
-    main(*parse_stage("evaluate"))
+    run_stage("evaluate")

@@ -25,12 +25,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ._common import (
+from trl_diffusion_rank.stages._common import (
     DTYPES,
     check_at_least,
     check_choice,
     load_for_sampling,
-    load_rows,
     process_state,
     require,
     unknown_key,
@@ -211,7 +210,7 @@ def generate_images(
     Write one generator's images of all prompts into `folder` as `<row>-<seed>.png`, leaving alone what is there
     already. Returns how many were black even with a second seed and are left out.
     """
-    from ..diffusion.sampling import is_black, sample_images
+    from trl_diffusion_rank.diffusion.sampling import is_black, sample_images
 
     black = 0
     for draw in draws_of(generator):
@@ -255,10 +254,10 @@ def generate_images(
 
 def attempt_seeds(seed: int, prompt: str, row: int, draw: Draw) -> tuple[int, int]:
     """The seed of an image, and the one it gets when the first gave a black image."""
-    from ..diffusion.sampling import image_seed
+    from trl_diffusion_rank.diffusion.draws import stable_seed
 
     parts = (prompt, row, draw.source, draw.index)
-    return image_seed(seed, *parts), image_seed(seed, *parts, "retry")
+    return stable_seed(seed, *parts), stable_seed(seed, *parts, "retry")
 
 
 def image_path(folder: Path, row: int, seed: int) -> Path:
@@ -278,6 +277,8 @@ def find_image(folder: Path, seed: int, prompt: str, row: int, draw: Draw) -> tu
 def main(args: GenerateArguments) -> None:
     require("generate", dataset_name=args.dataset_name, output_dir=args.output_dir)
     generators = read_generators(args.generators)
+    from trl_diffusion_rank.data.loading import load_rows
+
     data = load_rows(args.dataset_name, args.dataset_split, columns=("prompt",))
     prompts = list(data["prompt"])
     rows = list(data["row"]) if "row" in data.column_names else list(range(len(prompts)))
@@ -343,6 +344,6 @@ def main(args: GenerateArguments) -> None:
 
 
 if __name__ == "__main__":
-    from trl_diffusion_rank.recipe import parse_stage
+    from trl_diffusion_rank.recipe import run_stage
 
-    main(*parse_stage("generate"))
+    run_stage("generate")

@@ -18,7 +18,7 @@ import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ._common import check_at_least, is_main_process, load_rows, require
+from trl_diffusion_rank.stages._common import check_at_least, is_main_process, require
 
 
 if TYPE_CHECKING:
@@ -130,8 +130,10 @@ def main(args: PromptsArguments) -> None:
         return
     from datasets import Dataset, DatasetDict
 
+    from trl_diffusion_rank.data.loading import load_rows
+
     if args.dataset_name == "digits":
-        from ..digits.data import make_prompts
+        from trl_diffusion_rank.digits.data import make_prompts
 
         drawn = make_prompts(args.num_prompts + args.num_test_prompts, seed=args.seed)
         train, test = drawn[: args.num_prompts], drawn[args.num_prompts :]
@@ -157,6 +159,6 @@ def main(args: PromptsArguments) -> None:
 
 
 if __name__ == "__main__":
-    from trl_diffusion_rank.recipe import parse_stage
+    from trl_diffusion_rank.recipe import run_stage
 
-    main(*parse_stage("prompts"))
+    run_stage("prompts")

@@ -11,14 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from ..scorers import check_scorer
-from ._common import check_at_least, format_table, is_main_process, load_splits, require
+from trl_diffusion_rank.scorers import check_scorer
+from trl_diffusion_rank.stages._common import check_at_least, format_table, is_main_process, require
 
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from ..scorers import Scorer
+    from trl_diffusion_rank.scorers import Scorer
 
 
 HELP = "score the images and rank them"
@@ -137,11 +137,12 @@ def rank_rows(scores: list[list[list[float]]], min_margin: float) -> tuple[list[
     """
     import numpy as np
 
-    from ..scorers.aggregate import dense_ranks, win_shares
+    from trl_diffusion_rank.data.ranked_rows import dense_ranks
+    from trl_diffusion_rank.scorers.aggregate import win_shares
 
     margins = np.array([min_margin * np.concatenate(of_scorer).std() for of_scorer in scores])  # (S,)
     psi = [win_shares(np.array(row), margins) for row in zip(*scores, strict=True)]
-    return [row.tolist() for row in psi], [dense_ranks(row).tolist() for row in psi]
+    return [row.tolist() for row in psi], [dense_ranks(row.tolist()) for row in psi]
 
 
 def agreement(first: list[list[float]], second: list[list[float]]) -> float:
@@ -186,7 +187,8 @@ def main(args: ScoreArguments) -> None:
         return
     from datasets import DatasetDict
 
-    from ..scorers import load_scorer
+    from trl_diffusion_rank.data.loading import load_splits
+    from trl_diffusion_rank.scorers import load_scorer
 
     splits = load_splits(args.dataset_name)
     for split, data in splits.items():
@@ -216,6 +218,6 @@ def main(args: ScoreArguments) -> None:
 
 
 if __name__ == "__main__":
-    from trl_diffusion_rank.recipe import parse_stage
+    from trl_diffusion_rank.recipe import run_stage
 
-    main(*parse_stage("score"))
+    run_stage("score")
