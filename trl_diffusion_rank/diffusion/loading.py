@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from transformers.utils import logging as transformers_logging
 
 from trl_diffusion_rank.digits import digits_model_path
 
@@ -34,6 +35,8 @@ def load_pipeline(model: str, dtype: str | torch.dtype | None = None, **kwargs: 
         `ValueError`: if there is no such model, in one sentence.
     """
     path = digits_model_path() if model == "digits" else model
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it would recommend torchvision for image processors nobody asked for
     try:
         return DiffusionPipeline.from_pretrained(path, dtype=parse_dtype(dtype), **kwargs)
     except (OSError, ValueError) as error:
@@ -43,3 +46,5 @@ def load_pipeline(model: str, dtype: str | torch.dtype | None = None, **kwargs: 
             "Check the name, your connection and, for a gated model, `hf auth login`; a folder must hold a "
             "`model_index.json`."
         ) from error
+    finally:
+        transformers_logging.set_verbosity(level)

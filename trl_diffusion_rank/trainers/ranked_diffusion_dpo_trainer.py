@@ -326,12 +326,13 @@ class RankedDiffusionDPOTrainer(DPOTrainer):
     @contextlib.contextmanager
     def _reference(self):
         """The reference: its own model, or the trained one with the adapter disabled."""
-        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
-            if self.ref_model is not None:
-                yield self.ref_model
-            else:
-                with use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None):
-                    yield self.model
+        with contextlib.ExitStack() as stack:
+            if self.args.gradient_checkpointing:  # nothing is kept for a backward pass here
+                kwargs = self.args.gradient_checkpointing_kwargs
+                stack.enter_context(disable_gradient_checkpointing(self.model, kwargs))
+            if self.ref_model is None:
+                stack.enter_context(use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None))
+            yield self.ref_model or self.model
 
     # Logs
 
