@@ -70,6 +70,12 @@ class HeavyArguments:
     output_dir: str | None = field(default=None, metadata={"help": "Folder to write."})
 
 
+def check(options: Any) -> None:
+    """What only the heavy stage is asked: its options are parsed but its dataclass isn't made."""
+    if options.beta <= 0:
+        raise ValueError(f"`beta` must be positive, got {options.beta}")
+
+
 def main(args: Any) -> None:
     """Writes the options and the upstream's output, and one line per execution."""
     import time
@@ -94,6 +100,7 @@ def argument_classes():
     {heavy}
     return (fake_stages.{cls},)
 main = fake_stages.main
+check = fake_stages.check
 if __name__ == "__main__":
     from trl_diffusion_rank.recipe import STAGES, parse_stage
     STAGES.clear()

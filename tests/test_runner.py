@@ -194,6 +194,7 @@ class TestRun:
             ),
             ("launch: {num_processes: [1]}\ngrow: {}", "got [1], expected a single value"),
             ("shared: {seed: 1}", "r.yaml has no stage to run"),
+            ("grow: {}\ncount: {}\nheavy: {beta: -1}", "`beta` must be positive, got -1"),
         ],
     )
     def test_refuses_recipes(self, text, message, capfd):

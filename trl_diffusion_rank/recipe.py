@@ -394,6 +394,6 @@ def check_stage(stage: str, recipe: Recipe, run_dir: Path) -> None:
     with usage_errors(parser):
         set_defaults(parser, stage, recipe, run_dir)
         if is_heavy(stage):
-            parser.parse_args([])
+            stage_module(stage).check(parser.parse_args([]))
         else:
             parser.parse_args_into_dataclasses([], look_for_args_file=False)

@@ -1,6 +1,7 @@
 import pytest
 
 from trl_diffusion_rank import RankedDiffusionDPOConfig
+from trl_diffusion_rank.objectives import LOSS_TYPES
 
 
 @pytest.mark.parametrize(
@@ -46,12 +47,18 @@ def test_language_model_options_raise_when_set(tmp_path, option, value):
         ({"displacement_patience": -1}, "`displacement_patience` must be at least 0, got -1"),
         ({"encode_batch_size": 0}, "`encode_batch_size` must be at least 1, got 0"),
         ({"resolution": 0}, "`resolution` must be at least 8, got 0"),
+        ({"timestep_sampling": "discrete"}, "`timesteps` is the grid of `timestep_sampling='discrete'`"),
         ({"on_bad_row": "drop"}, "`on_bad_row` must be 'error' or 'skip', got 'drop'"),
     ],
 )
 def test_bad_values_name_the_option(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         RankedDiffusionDPOConfig(str(tmp_path), bf16=False, **options)
+
+
+def test_help_names_every_loss_type():
+    help_text = RankedDiffusionDPOConfig.__dataclass_fields__["loss_type"].metadata["help"]
+    assert f"One or several of {', '.join(LOSS_TYPES)};" in help_text
 
 
 def test_defaults_are_accepted_and_rate_is_ours(tmp_path):

@@ -174,7 +174,7 @@ _LOGISTIC_PAIR_LOSSES: dict[str, Callable[..., Tensor]] = {
     "best_vs_worst": best_vs_worst,
     "best_vs_rest": best_vs_rest,
 }
-LOSS_TYPES = (*_PLAIN_LOSSES, *_LOGISTIC_PAIR_LOSSES, "lambda", "linear")
+LOSS_TYPES = ("plackett_luce", "top1", *_LOGISTIC_PAIR_LOSSES, "lambda", "ipo", "hinge", "linear")
 SMOOTHABLE_LOSS_TYPES = (*_LOGISTIC_PAIR_LOSSES, "lambda")  # `label_smoothing` acts on the logistic of a pair
 
 

@@ -20,6 +20,12 @@ def argument_classes() -> tuple[type, ...]:
     return ScriptArguments, RankedDiffusionDPOConfig, ModelConfig
 
 
+def check(options) -> None:
+    """Refuse what the config would refuse, before earlier stages have run for hours."""
+    _, config_class, _ = argument_classes()
+    config_class.check_options(options)
+
+
 def main(script_args, training_args, model_args) -> None:
     from transformers.trainer_utils import get_last_checkpoint
     from trl import get_peft_config, get_quantization_config

@@ -2,6 +2,7 @@ from dataclasses import dataclass, field, fields
 
 from trl import DPOConfig
 
+from trl_diffusion_rank.diffusion.timesteps import allowed_timesteps
 from trl_diffusion_rank.objectives.ranking import LOSS_TYPES, SMOOTHABLE_LOSS_TYPES
 
 
@@ -90,7 +91,10 @@ class RankedDiffusionDPOConfig(DPOConfig):
     # Parameters that control the loss
     loss_type: list[str] = field(
         default_factory=lambda: ["plackett_luce"],
-        metadata={"help": f"One or several of {', '.join(LOSS_TYPES)}; several are summed with `loss_weights`."},
+        metadata={
+            "help": "One or several of plackett_luce, top1, pairwise, best_vs_worst, best_vs_rest, lambda, ipo, hinge, "
+            "linear; several are summed with `loss_weights`."
+        },
     )
     beta: float | None = field(
         default=None,
@@ -155,12 +159,34 @@ class RankedDiffusionDPOConfig(DPOConfig):
     )
 
     def __post_init__(self):
-        self._refuse_language_model_options()
+        if isinstance(self.loss_type, str):
+            self.loss_type = [self.loss_type]
+        self.check_options()
         super().__post_init__()
+
+    def check_options(self) -> None:
+        """
+        Refuse what makes no sense, naming the option. Reads nothing but the options, so that parsed ones can be checked
+        before a config is made of them (`RankedDiffusionDPOConfig.check_options(namespace)`): making one looks for
+        devices.
+        """
+        defaults = {option.name: option.default for option in fields(DPOConfig)}
+        # "no" and False are both "off" for Transformers' own option
+        off = {"include_num_input_tokens_seen": ("no", False)}
+        for option, reason in _MEANINGLESS.items():
+            value = getattr(self, option)
+            if value != defaults[option] and value not in off.get(option, ()):
+                raise ValueError(f"`{option}={value!r}` has no meaning for a diffusion model: {reason}. Leave it out.")
+
         unknown = [loss_type for loss_type in self.loss_type if loss_type not in LOSS_TYPES]
         if unknown:
             hint = " TRL's `sigmoid` is `pairwise` here." if "sigmoid" in unknown else ""
             raise ValueError(f"Unknown `loss_type` {unknown[0]!r}: expected one of {', '.join(LOSS_TYPES)}.{hint}")
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(
+                f"`loss_weights` must have the same length as `loss_type`, got {len(self.loss_weights)} weights for "
+                f"{len(self.loss_type)} losses."
+            )
         if self.beta is not None and not self.beta > 0:
             raise ValueError(f"`beta` must be positive, got {self.beta}.")
         if self.beta is None and "linear" in self.loss_type and len(self.loss_type) > 1:
@@ -182,12 +208,5 @@ class RankedDiffusionDPOConfig(DPOConfig):
                 raise ValueError(f"`{option}` must be at least {least}, got {value}.")
         if self.on_bad_row not in ("error", "skip"):
             raise ValueError(f"`on_bad_row` must be 'error' or 'skip', got {self.on_bad_row!r}.")
-
-    def _refuse_language_model_options(self) -> None:
-        defaults = {option.name: option.default for option in fields(DPOConfig)}
-        # "no" and False are both "off" for Transformers' own option
-        off = {"include_num_input_tokens_seen": ("no", False)}
-        for option, reason in _MEANINGLESS.items():
-            value = getattr(self, option)
-            if value != defaults[option] and value not in off.get(option, ()):
-                raise ValueError(f"`{option}={value!r}` has no meaning for a diffusion model: {reason}. Leave it out.")
+        # What can be said of the grid without the model; the trainer knows how long its schedule is
+        allowed_timesteps(self.timestep_sampling, self.timesteps, num_train_timesteps=10**9)
