@@ -377,6 +377,8 @@ def run_stage(stage: str) -> None:
     arguments = parse_stage(stage)
     try:
         stage_module(stage).main(*arguments)
+    except KeyboardInterrupt:
+        sys.exit(130)  # the launching process says what to do next
     except (TypeError, ValueError) as error:
         folder = Path(next(args.output_dir for args in arguments if hasattr(args, "output_dir")))
         folder.mkdir(parents=True, exist_ok=True)

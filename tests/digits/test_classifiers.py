@@ -58,7 +58,7 @@ def test_reference_is_the_clean_heldout_digits(judge):
     # Each of the 350 scans in five trained inks and one held-out one.
     assert features.shape == (1_750, DigitsClassifier.num_features)
     assert held_out.shape == (350, DigitsClassifier.num_features)
-    assert (judge.model.clean(torch.from_numpy(features)) > 0).float().mean() > 0.98
+    assert features.var(axis=0).mean() == pytest.approx(1, abs=1e-3)
 
 
 def test_scorer_and_judge_are_different_models(scorer, judge, unseen):

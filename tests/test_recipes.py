@@ -1,0 +1,65 @@
+"""The shipped recipes: every one is read with its stages' own parsers, and the digits one is run."""
+
+import json
+from pathlib import Path
+
+import pytest
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from trl_diffusion_rank import digits_model_path
+from trl_diffusion_rank.cli import main
+from trl_diffusion_rank.recipe import check_shared, check_stage, load_recipe, stage_actions, stage_parser
+
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+DIGITS = str(RECIPES / "digits_rank4.yaml")
+SMALL = [
+    *("--prompts.num_prompts", "12", "--prompts.num_test_prompts", "8"),
+    *("--dpo.max_steps", "2", "--dpo.per_device_train_batch_size", "4", "--dpo.save_steps", "1"),
+    *("--dpo.logging_steps", "1", "--evaluate.num_inference_steps", "2"),
+]
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_recipe_is_complete_and_every_value_is_accepted(path, tmp_path):
+    recipe = load_recipe(path)
+    check_shared(recipe, lambda stage, name: name in stage_actions(stage_parser(stage)))
+    for stage in recipe.sections:
+        check_stage(stage, recipe, tmp_path)
+    assert list(recipe.sections) == ["prompts", "generate", "score", "dpo", "evaluate"]
+
+
+def test_small_digits_run_from_prompts_to_report(tmp_path, capfd):
+    """Every stage for real, at a size that takes seconds; then skipped; then one option changed."""
+    run = ["run", "--recipe", DIGITS, "--output_dir", str(tmp_path / "run"), *SMALL]
+    assert main(run) == 0
+    output = capfd.readouterr().out
+    assert "| good" in output or "digits good" in output, "base against tuned is printed"
+    metrics = json.loads((tmp_path / "run/evaluate/metrics.json").read_text())
+    assert {result["metric"] for result in metrics["results"]} >= {"clean", "digit", "ink", "good", "frechet"}
+    assert Image.open(tmp_path / "run/evaluate/grid.png").width > 300
+    pipeline = DiffusionPipeline.from_pretrained(digits_model_path())
+    pipeline.load_lora_weights(str(tmp_path / "run/dpo"))
+    assert pipeline.get_active_adapters()
+
+    assert main(run) == 0
+    assert capfd.readouterr().out.count("unchanged, skipped") == 5
+    assert main([*run, "--evaluate.num_inference_steps", "3"]) == 0
+    assert capfd.readouterr().out.count("unchanged, skipped") == 4
+
+
+@pytest.mark.slow
+def test_digits_recipe_makes_the_model_better(tmp_path):
+    """The README's first command. Thresholds leave room for another machine's rounding, not for another method."""
+    assert main(["run", "--recipe", DIGITS, "--output_dir", str(tmp_path / "run")]) == 0
+    metrics = json.loads((tmp_path / "run/evaluate/metrics.json").read_text())
+    results = {(result["num_inference_steps"], result["metric"]): result for result in metrics["results"]}
+    for steps in (4, 20):
+        for metric in ("clean", "good"):
+            result = results[steps, metric]
+            assert 0.25 < result["base"] < 0.55 and result["tuned"] > 0.8, (steps, metric)
+            assert result["difference_interval"][0] > 0.25 and result["win_rate_interval"][0] > 0.6
+        frechet = results[steps, "frechet"]
+        assert frechet["difference_interval"][1] < 0 and frechet["tuned"] < 0.4 * frechet["base"]
+        assert results[steps, "digit"]["tuned"] > 0.9
