@@ -1,8 +1,8 @@
 import pytest
 import torch
-from datasets import Dataset
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
-from tiny import ranked_dataset, tiny_sd_pipeline, tiny_sdxl_pipeline
+from tiny import tiny_sdxl_pipeline
+
+from trl_diffusion_rank.digits.classifiers import DigitsClassifier, DigitsJudge, fit_clean_classifier
 
 
 torch.set_num_threads(1)  # the models are so small that threads cost more than they bring
@@ -18,14 +18,15 @@ def cache_in_tmp(tmp_path_factory):
         yield
 
 
-@pytest.fixture
-def sd_pipeline() -> StableDiffusionPipeline:
-    return tiny_sd_pipeline()
+@pytest.fixture(scope="session")
+def judge() -> DigitsJudge:
+    """Fitted once for all tests: it takes seconds."""
+    return DigitsJudge.fit()
 
 
-@pytest.fixture
-def sdxl_pipeline() -> StableDiffusionXLPipeline:
-    return tiny_sdxl_pipeline()
+@pytest.fixture(scope="session")
+def scorer() -> DigitsClassifier:
+    return fit_clean_classifier()
 
 
 @pytest.fixture(scope="session")
@@ -34,8 +35,3 @@ def sdxl_folder(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("tiny-sdxl")
     tiny_sdxl_pipeline().save_pretrained(folder)
     return str(folder)
-
-
-@pytest.fixture(scope="session")
-def dataset() -> Dataset:
-    return ranked_dataset()

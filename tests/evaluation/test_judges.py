@@ -50,9 +50,9 @@ def test_pixel_features_are_scaled_and_shrunk():
     assert pixel_features([Image.new("RGB", (16, 16))]).shape == (1, 16 * 16 * 3)  # never enlarged
 
 
-@pytest.fixture(scope="module")
-def digits_judge():
-    """Fitted once: it takes seconds."""
+@pytest.fixture
+def digits_judge(judge, monkeypatch):
+    monkeypatch.setattr("trl_diffusion_rank.digits.classifiers.DigitsJudge.fit", lambda seed: judge)
     return load_judge("digits")
 
 
