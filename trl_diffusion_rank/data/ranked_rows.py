@@ -191,7 +191,7 @@ def check_rows(dataset: Dataset, name: str, skip: bool = False) -> list[int]:
         `ValueError`: if no row is left.
     """
     columns = [column for column in ("prompt", "ranks", "scores", "psi") if column in dataset.column_names]
-    lengths = _image_counts(dataset)
+    lengths = [2] * len(dataset) if "chosen" in dataset.column_names else image_counts(dataset, IMAGES)
     kept, bad, tied = [], [], 0
     for index, (example, length) in enumerate(zip(dataset.select_columns(columns), lengths, strict=True)):
         placeholder = [None] * length
@@ -219,13 +219,11 @@ def check_rows(dataset: Dataset, name: str, skip: bool = False) -> list[int]:
     return kept
 
 
-def _image_counts(dataset: Dataset) -> list[int]:
-    """Number of images of each row, read off Arrow's offsets without touching an image."""
-    if "chosen" in dataset.column_names:
-        return [2] * len(dataset)
+def image_counts(dataset: Dataset, column: str) -> list[int]:
+    """Number of images in the lists of `column`, read off Arrow's offsets without touching an image."""
     counts = []
-    for batch in dataset.select_columns([IMAGES]).with_format("arrow").iter(batch_size=1000):
-        counts += pc.list_value_length(batch[IMAGES]).fill_null(0).to_pylist()
+    for batch in dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000):
+        counts += pc.list_value_length(batch[column]).fill_null(0).to_pylist()
     return counts
 
 

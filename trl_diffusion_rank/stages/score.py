@@ -107,24 +107,15 @@ def score_rows(scorer: Scorer, data: Dataset, batch_size: int) -> list[list[floa
 
 def check_rows(data: Dataset, split: str) -> None:
     """Refuse rows that no ranking can be made of, before a scorer is loaded."""
+    from trl_diffusion_rank.data.ranked_rows import image_counts
+
     for column in ("prompt", "images"):
         if column not in data.column_names:
             names = ", ".join(data.column_names)
             raise ValueError(f"There is no column {column!r} in the split {split!r}; its columns are {names}.")
-    for index, n in enumerate(num_images(data)):
+    for index, n in enumerate(image_counts(data, "images")):
         if n < 2:
             raise ValueError(f"Row {index} of the split {split!r} has {n} images; a ranking needs at least two.")
-
-
-def num_images(data: Dataset) -> list[int]:
-    """How many images each row has, without decoding them."""
-    import pyarrow.compute as pc
-
-    return [
-        length
-        for table in data.select_columns(["images"]).with_format("arrow").iter(1000)
-        for length in pc.list_value_length(table["images"]).to_pylist()
-    ]
 
 
 def rank_rows(scores: list[list[list[float]]], min_margin: float) -> tuple[list[list[float]], list[list[int]]]:
