@@ -92,8 +92,8 @@ class RankedDiffusionDPOConfig(DPOConfig):
     loss_type: list[str] = field(
         default_factory=lambda: ["plackett_luce"],
         metadata={
-            "help": "One or several of plackett_luce, top1, pairwise, best_vs_worst, best_vs_rest, lambda, ipo, hinge, "
-            "linear; several are summed with `loss_weights`."
+            "help": "One or several of plackett_luce, top1, pairwise, best_vs_worst, best_vs_rest, lambda, ipo, "
+            "hinge, linear; several are summed with `loss_weights`."
         },
     )
     beta: float | None = field(
@@ -166,9 +166,9 @@ class RankedDiffusionDPOConfig(DPOConfig):
 
     def check_options(self) -> None:
         """
-        Refuse what makes no sense, naming the option. Reads nothing but the options, so that parsed ones can be checked
-        before a config is made of them (`RankedDiffusionDPOConfig.check_options(namespace)`): making one looks for
-        devices.
+        Refuse what makes no sense, naming the option. Reads nothing but the options, so that parsed ones can be
+        checked before a config is made of them (`RankedDiffusionDPOConfig.check_options(namespace)`): making one
+        looks for devices.
         """
         defaults = {option.name: option.default for option in fields(DPOConfig)}
         # "no" and False are both "off" for Transformers' own option
