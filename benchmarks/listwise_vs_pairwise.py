@@ -34,14 +34,18 @@ from trl_diffusion_rank.objectives.ranking import extremes
 FORWARDS = 40  # images a step
 STEPS_OF_SAMPLING = (4, 20)
 METHODS = {
-    # name: (loss_type, beta, what is trained on)
+    # name: (loss_type, beta, what is trained on). A beta is another strength for each loss: two of each are shown
     "base": None,
-    "shuffled ranks (control)": ("plackett_luce", 1000.0, "shuffled"),
-    "SFT on the best (control)": (None, 1.0, "pairs"),
-    "best_vs_worst": ("best_vs_worst", 2000.0, "pairs"),
-    "pairwise, all pairs": ("pairwise", 1000.0, "lists"),
-    "plackett_luce": ("plackett_luce", 1000.0, "lists"),
-    "lambda": ("lambda", 3000.0, "lists"),
+    "plackett_luce (1000), shuffled ranks: control": ("plackett_luce", 1000.0, "shuffled"),
+    "fine-tuning on the best: control": (None, 1.0, "pairs"),
+    "best_vs_worst (2000)": ("best_vs_worst", 2000.0, "pairs"),
+    "best_vs_worst (1400)": ("best_vs_worst", 1400.0, "pairs"),
+    "pairwise, all pairs (1000)": ("pairwise", 1000.0, "lists"),
+    "pairwise, all pairs (700)": ("pairwise", 700.0, "lists"),
+    "plackett_luce (1000)": ("plackett_luce", 1000.0, "lists"),
+    "plackett_luce (700)": ("plackett_luce", 700.0, "lists"),
+    "lambda (3000)": ("lambda", 3000.0, "lists"),
+    "lambda (2000)": ("lambda", 2000.0, "lists"),
 }
 
 
@@ -129,10 +133,9 @@ def evaluate(adapter: str | None, prompts: list[str], judge: Judge) -> dict[str,
 def table(results: dict[str, list[dict]]) -> str:
     """Means over seeds; `good` with a bootstrap 95 % interval over prompts, the images of all seeds taken together."""
     columns = [f"{name}@{steps}" for steps in STEPS_OF_SAMPLING for name in ("clean", "good", "frechet", "diversity")]
-    lines = ["| method (beta), seeds | " + " | ".join(columns) + " | seconds |", "|---" * (len(columns) + 2) + "|"]
+    lines = ["| method (beta), trainings | " + " | ".join(columns) + " | seconds |", "|---" * (len(columns) + 2) + "|"]
     for name, runs in results.items():
-        beta = METHODS[name][1] if METHODS[name] and METHODS[name][0] else None
-        cells = [f"{name}{f' ({beta:g})' if beta else ''}, {len(runs)}"]
+        cells = [f"{name}, {len(runs)}"]
         for column in columns:
             mean = np.mean([run[column] for run in runs])
             cell = f"{mean:.1f}" if column.startswith("frechet") else f"{mean:.2f}"

@@ -2,43 +2,28 @@ import contextlib
 import copy
 import logging
 import textwrap
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
-from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import DataCollator, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import global_then_local_main_first, hash_module, use_adapter
+from trl.trainer.utils import use_adapter
 
-from trl_diffusion_rank import hub
-from trl_diffusion_rank.data.collator import EncodedRowCollator, RawRowCollator
-from trl_diffusion_rank.data.encoding import FORMAT_VERSION, encode_rows
-from trl_diffusion_rank.data.images import to_pixels
-from trl_diffusion_rank.data.ranked_rows import ROW_COLUMNS, check_rows, to_ranked
 from trl_diffusion_rank.diffusion.denoiser import DenoiserModel, denoising_error
-from trl_diffusion_rank.diffusion.draws import EVALUATION, draw_rows
-from trl_diffusion_rank.diffusion.families import recognise_family
-from trl_diffusion_rank.diffusion.loading import load_pipeline
-from trl_diffusion_rank.diffusion.timesteps import allowed_timesteps, sample_timesteps
-from trl_diffusion_rank.objectives import monitors
-from trl_diffusion_rank.objectives.ranking import better_than, ranking_loss
-from trl_diffusion_rank.trainers.displacement import DisplacementMonitor
+from trl_diffusion_rank.objectives.ranking import ranking_loss
+from trl_diffusion_rank.trainers.diffusion_trainer import DiffusionTrainerMixin, refuse
 from trl_diffusion_rank.trainers.ranked_diffusion_dpo_config import RankedDiffusionDPOConfig
 
 
 logger = logging.getLogger(__name__)
 
 
-class RankedDiffusionDPOTrainer(DPOTrainer):
+class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
     """
     Trainer for Diffusion-DPO on n ranked images a prompt.
 
@@ -115,58 +100,26 @@ class RankedDiffusionDPOTrainer(DPOTrainer):
         quantization_config: None = None,
         peft_config: PeftConfig | None = None,
     ):
-        _refuse("data_collator", data_collator, "rows are collated as they are encoded")
-        _refuse("compute_metrics", compute_metrics, "a denoiser gives no logits; samples are judged by `evaluate`")
-        _refuse("quantization_config", quantization_config, "quantized bases aren't supported yet")
+        refuse("data_collator", data_collator, "rows are collated as they are encoded")
+        refuse("compute_metrics", compute_metrics, "a denoiser gives no logits; samples are judged by `evaluate`")
+        refuse("quantization_config", quantization_config, "quantized bases aren't supported yet")
 
         # Model
         if args is None:
             name = model if isinstance(model, str) else type(model).__name__
             args = RankedDiffusionDPOConfig(f"{name.rstrip('/').split('/')[-1]}-RankedDPO")
-        pipeline, denoiser = _resolve_model(model, processing_class, args.model_init_kwargs)
-        self.family = recognise_family(pipeline)
-        denoiser = denoiser or getattr(pipeline, self.family.denoiser_name)
-        name_or_path = model if isinstance(model, str) else pipeline.config.get("_name_or_path") or ""
-        for component in self.family.encoders.values():
-            component.requires_grad_(False)
-        self._encoder_hash: str | None = None
-        model = DenoiserModel(denoiser, self.family, name_or_path)
+        model, peft_config, train_dataset = self.set_up(model, processing_class, args, peft_config, train_dataset)
         if ref_model is not None:
             ref_model = DenoiserModel(ref_model, self.family)
         elif peft_config is None:
             # TRL would load the reference from the Hub again, and as a language model
-            ref_model = DenoiserModel(copy.deepcopy(denoiser), self.family)
+            ref_model = DenoiserModel(copy.deepcopy(model.denoiser), self.family)
         if ref_model is not None:
             ref_model.requires_grad_(False)
-        if peft_config is not None:
-            peft_config = _denoiser_peft_config(peft_config, self.family.lora_target_modules)
-
-        # Options that the family decides
         if args.beta is None:
             family_beta = "default_beta_linear" if args.loss_type == ["linear"] else "default_beta"
             args.beta = getattr(self.family, family_beta)
             logger.info(f"`beta` is the `{self.family.name}` family's, {args.beta:g}.")
-        self.timestep_grid = allowed_timesteps(args.timestep_sampling, args.timesteps, self.family.num_train_timesteps)
-        self.resolution = args.resolution or self.family.default_resolution
-        if self.resolution % self.family.vae_scale_factor:
-            raise ValueError(
-                f"`resolution={self.resolution}` must be a multiple of {self.family.vae_scale_factor}, the scale of "
-                "the model's VAE."
-            )
-
-        # Dataset: TRL looks at the columns of the first row, so they must not be called `images` nor be decoded
-        streaming = isinstance(train_dataset, IterableDataset)
-        if streaming and args.cache_latents:
-            raise ValueError(
-                "`cache_latents=True` can't be had for a stream: it would have to be read to its end before training. "
-                "Leave it unset, or load the dataset without streaming."
-            )
-        self.cache_latents = not streaming if args.cache_latents is None else args.cache_latents
-        self._collator = EncodedRowCollator() if self.cache_latents else RawRowCollator(self.family, self.resolution)
-        if isinstance(train_dataset, (Dataset, IterableDataset)):
-            train_dataset = to_ranked(train_dataset, "train")
-        self._displacement = DisplacementMonitor(args.displacement_patience)
-        self._displacement_warned = False
 
         # TRL warns that `model_init_kwargs` is ignored with a loaded model; it wasn't
         model_init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None
@@ -177,85 +130,13 @@ class RankedDiffusionDPOTrainer(DPOTrainer):
             data_collator=self._collator,
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
-            processing_class=pipeline.tokenizer,  # TRL asks it for a pad token, nothing else
+            processing_class=self._pipeline.tokenizer,  # TRL asks it for a pad token, nothing else
             callbacks=callbacks,
             optimizers=optimizers,
             peft_config=peft_config,
         )
         args.model_init_kwargs = model_init_kwargs
-        self.processing_class = None  # no tokenizer belongs beside a denoiser's weights
-
-        if self.cache_latents:
-            self.family.drop_encoders()
-            for component in _other_modules(pipeline, denoiser):
-                component.to("cpu")  # where the pipeline is the user's own, it stays his
-            del pipeline
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-        else:
-            for component in self.family.encoders.values():
-                component.to(self.args.device)
-
-    # Dataset
-
-    # Replaces tokenizing: images become latents, prompts embeddings, once
-    def _prepare_dataset(
-        self,
-        dataset: Dataset | IterableDataset,
-        processing_class: Any,
-        args: RankedDiffusionDPOConfig,
-        dataset_name: str,
-    ) -> Dataset | IterableDataset:
-        if dataset.column_names is not None and "latents" in dataset.column_names:
-            return dataset  # encoded before
-        dataset = to_ranked(dataset, dataset_name)
-        if isinstance(dataset, IterableDataset):
-            if self.cache_latents:
-                raise ValueError(
-                    f"The {dataset_name} dataset is a stream, but the train dataset is cached: load both without "
-                    "streaming, or set `cache_latents=False`."
-                )
-            return dataset
-        skip = args.on_bad_row == "skip"
-        with global_then_local_main_first():
-            dataset = dataset.select(check_rows(dataset, dataset_name, skip))
-            if not self.cache_latents:
-                return dataset
-            if self.family.pipeline is None:
-                raise ValueError(
-                    f"The {dataset_name} dataset isn't encoded, and the VAE and text encoders have left memory. Pass "
-                    "it as `eval_dataset` when the trainer is made, or set `cache_latents=False`."
-                )
-            for component in self.family.encoders.values():
-                component.to(args.device)
-            encoded, prompts = encode_rows(
-                dataset,
-                self.family,
-                name=dataset_name,
-                resolution=self.resolution,
-                fingerprint=Hasher.hash(
-                    (FORMAT_VERSION, dataset._fingerprint, self._hash_encoders(), self.resolution, skip)
-                ),
-                batch_size=args.encode_batch_size,
-                skip_bad_rows=skip,
-            )
-        table = self._collator.add_prompts(prompts)
-        return encoded.add_column("prompt_table", [table] * len(encoded))
-
-    def _hash_encoders(self) -> str:
-        """Of the weights themselves: a folder's name says nothing about what lies in it."""
-        if self._encoder_hash is None:
-            encoders = self.family.encoders
-            self._encoder_hash = Hasher.hash([self.family.name, *(hash_module(encoders[name]) for name in encoders)])
-        return self._encoder_hash
-
-    # The columns that the collator reads instead of token ids
-    def _set_signature_columns_if_needed(self) -> None:
-        if self._signature_columns is None:
-            if self.cache_latents:
-                self._signature_columns = self.train_dataset.column_names
-            else:
-                self._signature_columns = list(ROW_COLUMNS)
+        self.release_encoders()
 
     # Loss
 
@@ -287,17 +168,7 @@ class RankedDiffusionDPOTrainer(DPOTrainer):
     def _errors(self, model: nn.Module, inputs: dict[str, Any], mode: str) -> tuple[Tensor, Tensor]:
         """Denoising errors of the trained model and of the reference, (B, n) each, 0 where the row is padded."""
         mask = inputs["mask"]  # (B, n)
-        latents, conditioning = self._latents_and_conditioning(inputs)  # (M, C, h, w): only images, no padding
-        visit = EVALUATION if mode == "eval" else int(self.state.epoch or 0)
-        u, noise = draw_rows(self.args.seed, inputs["row_seeds"].tolist(), visit, tuple(latents.shape[1:]))
-        timesteps = sample_timesteps(u, self.family.num_train_timesteps, self.timestep_grid)  # (B,)
-        row_of_image = mask.nonzero()[:, 0]  # (M,)
-        timesteps = timesteps.to(mask.device)[row_of_image]
-        noise = noise.to(mask.device)[row_of_image]
-
-        noisy_latents = self.family.add_noise(latents, noise, timesteps)
-        target = self.family.target(latents, noise, timesteps)
-        asked = (noisy_latents.to(self.model.dtype), timesteps, conditioning)
+        asked, target = self._noised(inputs, mode)
         # The reference first: the adapter is active again when the graph is built and checkpoints recompute
         with torch.no_grad(), self.accelerator.autocast(), self._reference() as reference:
             ref_error = denoising_error(reference(*asked), target)
@@ -306,22 +177,6 @@ class RankedDiffusionDPOTrainer(DPOTrainer):
         error = denoising_error(prediction, target)
         empty = torch.zeros(mask.shape, device=mask.device)
         return empty.masked_scatter(mask, error), empty.masked_scatter(mask, ref_error)
-
-    def _latents_and_conditioning(self, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Latents (M, C, h, w) in float32 and conditioning {name: (M, ...)} of the images of all rows in turn."""
-        mask = inputs["mask"]
-        row_of_image = mask.nonzero()[:, 0]
-        if self.cache_latents:
-            latents, prompt_conditioning = inputs["latents"][mask].float(), inputs["prompt_conditioning"]
-        else:
-            with torch.no_grad():
-                pixels = to_pixels(inputs["images"][mask])
-                parts = [self.family.encode_images(part) for part in pixels.split(self.args.encode_batch_size)]
-                latents, prompt_conditioning = torch.cat(parts), self.family.encode_prompts(inputs["prompts"])
-        dtype = self.model.dtype
-        conditioning = {name: tensor.to(dtype)[row_of_image] for name, tensor in prompt_conditioning.items()}
-        conditioning |= {name: tensor[mask] for name, tensor in inputs["image_conditioning"].items()}
-        return latents, conditioning
 
     @contextlib.contextmanager
     def _reference(self):
@@ -333,163 +188,3 @@ class RankedDiffusionDPOTrainer(DPOTrainer):
             if self.ref_model is None:
                 stack.enter_context(use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None))
             yield self.ref_model or self.model
-
-    # Logs
-
-    def _store_metrics(
-        self, mode: str, error: Tensor, ref_error: Tensor, rewards: Tensor, ranks: Tensor, mask: Tensor
-    ) -> None:
-        """Means over the rows of all processes, under TRL's names, for the next log."""
-        delta = error - ref_error
-        chosen_reward, rejected_reward = monitors.chosen_and_rejected(rewards, ranks, mask)
-        chosen_error, rejected_error = monitors.chosen_and_rejected(error, ranks, mask)
-        chosen_delta, rejected_delta = monitors.chosen_and_rejected(delta, ranks, mask)
-        per_row = {
-            "rewards/chosen": chosen_reward,
-            "rewards/rejected": rejected_reward,
-            "rewards/margins": chosen_reward - rejected_reward,
-            "rewards/accuracies": monitors.accuracy(rewards, ranks, mask),
-            "rewards/kendall_tau": monitors.kendall_tau(rewards, ranks, mask),
-            "rewards/saturation": monitors.saturation(rewards, ranks, mask),
-            "logps/chosen": -0.5 * chosen_error,
-            "logps/rejected": -0.5 * rejected_error,
-            "error/chosen": chosen_error,
-            "error/rejected": rejected_error,
-            "error/chosen_delta": chosen_delta,
-            "error/rejected_delta": rejected_delta,
-        }
-        counts = better_than(ranks, mask).flatten(1).any(1)  # a row of ties, which a stream may hold, says nothing
-        values = torch.stack([counts.float(), *per_row.values()], dim=1)  # (B, 1 + metrics)
-        values = self.accelerator.gather_for_metrics(values)
-        values = values[values[:, 0] > 0, 1:]
-        if len(values):
-            for name, value in zip(per_row, values.mean(0).tolist(), strict=True):
-                self._metrics[mode][name].append(value)
-
-    # Adds the watch for displacement
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        super().log(logs, start_time)
-        if "error/chosen_delta" not in logs:
-            return
-        displaced = self._displacement.update(logs["error/chosen_delta"], logs["error/rejected_delta"])
-        if displaced and not self._displacement_warned:
-            self._displacement_warned = True
-            logger.warning(
-                f"Displacement at step {self.state.global_step}: over the last {self._displacement.patience} logs the "
-                "denoising errors of the best and of the worst images both rose above the reference's. The loss may "
-                "still fall, but samples are getting worse. Stop, go back to an earlier checkpoint, and lower "
-                f"`learning_rate` (now {self.args.learning_rate:g}) or raise `beta` (now {self.beta:g})."
-            )
-
-    # Saving
-
-    # Replaces the files of a language model: a checkpoint holds what resuming reads, every folder what diffusers loads
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if not self.args.should_save:
-            return
-        folder = Path(output_dir or self.args.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        is_checkpoint = folder.name.startswith(PREFIX_CHECKPOINT_DIR)
-        is_lora = is_peft_model(self.model)
-        if is_checkpoint:
-            # PEFT would otherwise look on the Hub whether the "embeddings" were resized
-            only_lora = {"save_embedding_layers": False} if is_lora else {}
-            self.model.save_pretrained(folder, state_dict=state_dict, **only_lora)
-            torch.save(self.args, folder / "training_args.bin")
-        if is_lora:
-            hub.save_lora(self.model, self.family, folder, state_dict)
-        elif not is_checkpoint:
-            hub.save_denoiser(self.model, self.family, folder)
-
-    # Replaces TRL's card, which shows a text-generation pipeline
-    def create_model_card(
-        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
-    ) -> None:
-        if not self.is_world_process_zero():
-            return
-        tags = [tags] if isinstance(tags, str) else list(tags or [])
-        card = hub.model_card(
-            base_model=self.model.config.name_or_path,
-            family=self.family,
-            is_lora=is_peft_model(self.model),
-            model_name=self.hub_model_id or model_name or Path(self.args.output_dir).name,
-            dataset_name=dataset_name,
-            tags=[*self._tag_names, *tags],
-            paper=self._paper,
-        )
-        card.save(Path(self.args.output_dir) / "README.md")
-
-
-def _refuse(argument: str, value: Any, reason: str) -> None:
-    if value is not None:
-        raise ValueError(f"`{argument}` can't be used with a diffusion model: {reason}. Leave it out.")
-
-
-def _resolve_model(
-    model: str | DiffusionPipeline | nn.Module, processing_class: DiffusionPipeline | None, init_kwargs: dict | None
-) -> tuple[DiffusionPipeline, nn.Module | None]:
-    """The pipeline that encodes, and the denoiser that is trained where it isn't the pipeline's own."""
-    if processing_class is not None and not isinstance(processing_class, DiffusionPipeline):
-        raise TypeError(
-            "`processing_class` turns prompts and images into tensors, so it must be a `DiffusionPipeline`, got "
-            f"`{type(processing_class).__name__}`."
-        )
-    if isinstance(model, str):
-        return load_pipeline(model, **_pipeline_kwargs(init_kwargs)), None
-    if init_kwargs:
-        raise ValueError("`model_init_kwargs` are for loading a model by name, but `model` is loaded. Leave them out.")
-    if isinstance(model, DiffusionPipeline):
-        return model, None
-    if isinstance(model, nn.Module):
-        if is_peft_model(model) or getattr(model, "_hf_peft_config_loaded", False):
-            raise ValueError(
-                "The denoiser already carries an adapter. Fuse it (`pipeline.fuse_lora()` and "
-                "`pipeline.unload_lora_weights()`) and pass a `peft_config` for the new one."
-            )
-        source = processing_class or getattr(model, "config", {}).get("_name_or_path")
-        if not source:
-            raise ValueError(
-                f"`model` is a `{type(model).__name__}` that doesn't say where it was loaded from: pass the pipeline "
-                "it belongs to as `processing_class`."
-            )
-        return source if isinstance(source, DiffusionPipeline) else load_pipeline(source), model
-    raise TypeError(
-        "`model` must be a Hub id, a folder, a `DiffusionPipeline` or a denoiser (`torch.nn.Module`), got "
-        f"`{type(model).__name__}`."
-    )
-
-
-def _pipeline_kwargs(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:
-    """TRL's `model_init_kwargs` as `load_pipeline` takes them; None means unset there."""
-    kwargs = {name: value for name, value in (init_kwargs or {}).items() if value is not None}
-    if kwargs.pop("trust_remote_code", False):
-        kwargs["trust_remote_code"] = True  # diffusers warns when it is passed without need
-    if kwargs.get("revision") == "main":
-        del kwargs["revision"]  # TRL's default; a folder has no revisions
-    if "attn_implementation" in kwargs:
-        raise ValueError(
-            f"`attn_implementation={kwargs['attn_implementation']!r}` is Transformers' option. Diffusers chooses "
-            "PyTorch's scaled dot product attention; for another, call `set_attention_backend` on the denoiser and "
-            "pass the loaded pipeline as `model`."
-        )
-    return kwargs
-
-
-def _denoiser_peft_config(config: PeftConfig, default_targets: tuple[str, ...]) -> PeftConfig:
-    """The user's config for a denoiser inside its wrapper."""
-    if config.task_type not in (None, "CAUSAL_LM"):  # CAUSAL_LM is the default of TRL's ModelConfig
-        raise ValueError(f"`lora_task_type={config.task_type!r}` has no meaning for a denoiser. Leave it unset.")
-    if getattr(config, "modules_to_save", None) or getattr(config, "bias", "none") != "none":
-        raise ValueError(
-            "`modules_to_save` and `bias` would train weights that a diffusers LoRA file can't hold: got "
-            f"`modules_to_save={config.modules_to_save}`, `bias={config.bias!r}`. Leave them unset, or train all "
-            "weights without a `peft_config`."
-        )
-    targets = config.target_modules or list(default_targets)
-    if isinstance(targets, str) and targets != "all-linear":
-        targets = rf"denoiser\.(?:{targets})"  # PEFT matches a pattern against the whole name
-    return replace(config, task_type=None, target_modules=targets)
-
-
-def _other_modules(pipeline: DiffusionPipeline, denoiser: nn.Module) -> list[nn.Module]:
-    return [part for part in pipeline.components.values() if isinstance(part, nn.Module) and part is not denoiser]
