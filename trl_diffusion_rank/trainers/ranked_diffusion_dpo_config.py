@@ -1,35 +1,31 @@
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 from trl import DPOConfig
 
-from trl_diffusion_rank.diffusion.timesteps import allowed_timesteps
 from trl_diffusion_rank.objectives.ranking import LOSS_TYPES, SMOOTHABLE_LOSS_TYPES
+from trl_diffusion_rank.trainers.diffusion_options import DiffusionOptions, refuse_meaningless
 
 
-# Options of TRL and Transformers that speak of tokens. Setting one is an error: ignored, it would mislead.
+# Options of TRL's DPO that speak of tokens
 _MEANINGLESS = {
-    "router_aux_loss_coef": "a denoiser has no experts to balance",
     "max_length": "images are not sequences; see `resolution`",
     "truncation_mode": "images are not sequences; see `resolution`",
     "padding_free": "images are not sequences",
     "pad_to_multiple_of": "images are not sequences",
     "pad_token": "the pipeline's tokenizers pad by themselves",
+    "router_aux_loss_coef": "a denoiser has no experts to balance",
     "ld_alpha": "images have no verbose part",
     "f_divergence_type": "a denoiser's surrogate log-likelihood gives no density ratio for other divergences",
     "f_alpha_divergence_coef": "a denoiser's surrogate log-likelihood gives no density ratio for other divergences",
     "use_weighting": "WPO weights by token probabilities, which a denoiser doesn't have",
     "discopop_tau": "`discopop` is no `loss_type` here",
-    "use_liger_kernel": "Liger's kernels are for language models",
-    "neftune_noise_alpha": "a denoiser has no token embeddings to perturb",
-    "label_smoothing_factor": "there are no labels; see `label_smoothing`",
-    "include_num_input_tokens_seen": "there are no tokens to count",
     "precompute_ref_log_probs": "reference errors are computed at each step with the same noise and timestep",
     "precompute_ref_batch_size": "reference errors are computed at each step with the same noise and timestep",
 }
 
 
 @dataclass
-class RankedDiffusionDPOConfig(DPOConfig):
+class RankedDiffusionDPOConfig(DiffusionOptions, DPOConfig):
     r"""
     Configuration class for the [`RankedDiffusionDPOTrainer`].
 
@@ -56,25 +52,7 @@ class RankedDiffusionDPOConfig(DPOConfig):
             Number of logs over which the errors of best and worst images must both rise above the reference before a
             warning says that the model is degrading. `0` never warns.
 
-        > Parameters that control noise
-
-        timestep_sampling (`str`, *optional*, defaults to `"uniform"`):
-            `uniform`, `turbo` (249, 499, 749) or `discrete` (those of `timesteps`).
-        timesteps (`list[int]`, *optional*):
-            The grid of `timestep_sampling="discrete"`, for models distilled to a few steps.
-
-        > Parameters that control the data
-
-        resolution (`int`, *optional*):
-            Side in pixels that images are brought to: resized until the shorter side fits, then cut at the centre.
-            Defaults to what the model was trained on.
-        cache_latents (`bool`, *optional*):
-            Encode all images and prompts once, before training, and let the VAE and the text encoders leave memory.
-            Defaults to `True`, and to `False` for a stream, which can't be cached.
-        encode_batch_size (`int`, *optional*, defaults to `16`):
-            Images or prompts in one pass of an encoder.
-        on_bad_row (`str`, *optional*, defaults to `"error"`):
-            `error` stops at a row that breaks the contract or can't be decoded; `skip` leaves it out and counts it.
+    The options about noise and data are those of [`~trl_diffusion_rank.trainers.diffusion_options.DiffusionOptions`].
 
     > [!NOTE]
     > These parameters have default values different from [`~trl.DPOConfig`]:
@@ -120,44 +98,6 @@ class RankedDiffusionDPOConfig(DPOConfig):
         },
     )
 
-    # Parameters that control noise
-    timestep_sampling: str = field(
-        default="uniform",
-        metadata={
-            "help": "Which timesteps are trained: `discrete` means those of `timesteps`, `turbo` 249, 499 and 749.",
-            "choices": ["uniform", "turbo", "discrete"],
-        },
-    )
-    timesteps: list[int] | None = field(
-        default=None, metadata={"help": "The grid of `timestep_sampling=discrete`, for few-step models."}
-    )
-
-    # Parameters that control the data
-    resolution: int | None = field(
-        default=None,
-        metadata={
-            "help": "Side in pixels that images are brought to (shorter side resized, centre cut). Defaults to the "
-            "model's."
-        },
-    )
-    cache_latents: bool | None = field(
-        default=None,
-        metadata={
-            "help": "Encode everything once before training and free the encoders. Defaults to True, for a stream to "
-            "False."
-        },
-    )
-    encode_batch_size: int = field(
-        default=16, metadata={"help": "Images or prompts in one pass of an encoder before training."}
-    )
-    on_bad_row: str = field(
-        default="error",
-        metadata={
-            "help": "What to do with a row that breaks the contract or can't be decoded.",
-            "choices": ["error", "skip"],
-        },
-    )
-
     def __post_init__(self):
         if isinstance(self.loss_type, str):
             self.loss_type = [self.loss_type]
@@ -170,13 +110,8 @@ class RankedDiffusionDPOConfig(DPOConfig):
         checked before a config is made of them (`RankedDiffusionDPOConfig.check_options(namespace)`): making one
         looks for devices.
         """
-        defaults = {option.name: option.default for option in fields(DPOConfig)}
-        # "no" and False are both "off" for Transformers' own option
-        off = {"include_num_input_tokens_seen": ("no", False)}
-        for option, reason in _MEANINGLESS.items():
-            value = getattr(self, option)
-            if value != defaults[option] and value not in off.get(option, ()):
-                raise ValueError(f"`{option}={value!r}` has no meaning for a diffusion model: {reason}. Leave it out.")
+        refuse_meaningless(self, DPOConfig, _MEANINGLESS)
+        DiffusionOptions.check_shared_options(self)
 
         unknown = [loss_type for loss_type in self.loss_type if loss_type not in LOSS_TYPES]
         if unknown:
@@ -202,11 +137,5 @@ class RankedDiffusionDPOConfig(DPOConfig):
             )
         if not 0 <= self.linear_eta <= 0.5:
             raise ValueError(f"`linear_eta` must be in [0, 0.5], got {self.linear_eta}.")
-        for option, least in (("displacement_patience", 0), ("encode_batch_size", 1), ("resolution", 8)):
-            value = getattr(self, option)
-            if value is not None and value < least:
-                raise ValueError(f"`{option}` must be at least {least}, got {value}.")
-        if self.on_bad_row not in ("error", "skip"):
-            raise ValueError(f"`on_bad_row` must be 'error' or 'skip', got {self.on_bad_row!r}.")
-        # What can be said of the grid without the model; the trainer knows how long its schedule is
-        allowed_timesteps(self.timestep_sampling, self.timesteps, num_train_timesteps=10**9)
+        if self.displacement_patience < 0:
+            raise ValueError(f"`displacement_patience` must be at least 0, got {self.displacement_patience}.")

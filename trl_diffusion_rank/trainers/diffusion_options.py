@@ -1,0 +1,102 @@
+"""The options that every preference trainer of diffusion models has, whichever of TRL's configs it extends."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from trl_diffusion_rank.diffusion.timesteps import allowed_timesteps
+
+
+# Options of TrainingArguments that speak of tokens. Setting one is an error: ignored, it would mislead.
+_MEANINGLESS = {
+    "use_liger_kernel": "Liger's kernels are for language models",
+    "neftune_noise_alpha": "a denoiser has no token embeddings to perturb",
+    "label_smoothing_factor": "there are no labels; see `label_smoothing`",
+    "include_num_input_tokens_seen": "there are no tokens to count",
+}
+
+
+def refuse_meaningless(options: Any, config_class: type, reasons: dict[str, str]) -> None:
+    """Raise `ValueError` for an option, a key of `reasons`, that was set to something else than its default."""
+    defaults = {option.name: option.default for option in fields(config_class)}
+    off = {"include_num_input_tokens_seen": ("no", False)}  # both mean off
+    for option, reason in {**_MEANINGLESS, **reasons}.items():
+        value = getattr(options, option)
+        if value != defaults[option] and value not in off.get(option, ()):
+            raise ValueError(f"`{option}={value!r}` has no meaning for a diffusion model: {reason}. Leave it out.")
+
+
+@dataclass
+class DiffusionOptions:
+    """
+    Options about noise and data. Comes before TRL's config among the bases.
+
+    Parameters:
+        > Parameters that control noise
+
+        timestep_sampling (`str`, *optional*, defaults to `"uniform"`):
+            `uniform`, `turbo` (249, 499, 749) or `discrete` (those of `timesteps`).
+        timesteps (`list[int]`, *optional*):
+            The grid of `timestep_sampling="discrete"`, for models distilled to a few steps.
+
+        > Parameters that control the data
+
+        resolution (`int`, *optional*):
+            Side in pixels that images are brought to: resized until the shorter side fits, then cut at the centre.
+            Defaults to what the model was trained on.
+        cache_latents (`bool`, *optional*):
+            Encode all images and prompts once, before training, and let the VAE and the text encoders leave memory.
+            Defaults to `True`, and to `False` for a stream, which can't be cached.
+        encode_batch_size (`int`, *optional*, defaults to `16`):
+            Images or prompts in one pass of an encoder.
+        on_bad_row (`str`, *optional*, defaults to `"error"`):
+            `error` stops at a row that breaks the contract or can't be decoded; `skip` leaves it out and counts it.
+    """
+
+    # Parameters that control noise
+    timestep_sampling: str = field(
+        default="uniform",
+        metadata={
+            "help": "Which timesteps are trained: `discrete` means those of `timesteps`, `turbo` 249, 499 and 749.",
+            "choices": ["uniform", "turbo", "discrete"],
+        },
+    )
+    timesteps: list[int] | None = field(
+        default=None, metadata={"help": "The grid of `timestep_sampling=discrete`, for few-step models."}
+    )
+
+    # Parameters that control the data
+    resolution: int | None = field(
+        default=None,
+        metadata={
+            "help": "Side in pixels that images are brought to (shorter side resized, centre cut). Defaults to the "
+            "model's."
+        },
+    )
+    cache_latents: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Encode everything once before training and free the encoders. Defaults to True, for a stream to "
+            "False."
+        },
+    )
+    encode_batch_size: int = field(
+        default=16, metadata={"help": "Images or prompts in one pass of an encoder before training."}
+    )
+    on_bad_row: str = field(
+        default="error",
+        metadata={
+            "help": "What to do with a row that breaks the contract or can't be decoded.",
+            "choices": ["error", "skip"],
+        },
+    )
+
+    def check_shared_options(self) -> None:
+        """Refuse bad values of these options, naming the option; reads nothing but the options."""
+        for option, least in (("encode_batch_size", 1), ("resolution", 8)):
+            value = getattr(self, option)
+            if value is not None and value < least:
+                raise ValueError(f"`{option}` must be at least {least}, got {value}.")
+        if self.on_bad_row not in ("error", "skip"):
+            raise ValueError(f"`on_bad_row` must be 'error' or 'skip', got {self.on_bad_row!r}.")
+        # What can be said of the grid without the model; the trainer knows how long its schedule is
+        allowed_timesteps(self.timestep_sampling, self.timesteps, num_train_timesteps=10**9)
