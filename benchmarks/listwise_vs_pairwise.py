@@ -45,7 +45,7 @@ METHODS = {
     "plackett_luce (1000)": ("plackett_luce", 1000.0, "lists"),
     "plackett_luce (700)": ("plackett_luce", 700.0, "lists"),
     "lambda (3000)": ("lambda", 3000.0, "lists"),
-    "lambda (2000)": ("lambda", 2000.0, "lists"),
+    "lambda (1500)": ("lambda", 1500.0, "lists"),
 }
 
 
@@ -54,7 +54,7 @@ class BestOnlyTrainer(RankedDiffusionDPOTrainer):
 
     def _compute_loss(self, model, inputs, return_outputs) -> Tensor:
         best, _ = extremes(inputs["ranks"], inputs["mask"])
-        error, _ = self._errors(model, {**inputs, "mask": best}, "train")
+        error, _, _ = self._errors(model, {**inputs, "mask": best}, "train")
         return error.sum() / best.sum()
 
 

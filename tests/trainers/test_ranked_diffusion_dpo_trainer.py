@@ -339,7 +339,111 @@ def test_displacement_is_warned_of_once(tmp_path, caplog):
             trainer.log({"error/chosen_delta": 0.01 * (step + 1), "error/rejected_delta": 0.03 * (step + 1)})
     warnings = [record.message for record in caplog.records if "Displacement at step" in record.message]
     assert len(warnings) == 1
-    assert "lower `learning_rate` (now 0.01) or raise `beta` (now 5000)" in warnings[0]
+    assert "lower `learning_rate` (now 0.01), raise `beta` (now 5000)" in warnings[0]
+
+
+# Safeguards
+
+
+def _with_learnt_adapter(trainer):
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05, generator=torch.Generator().manual_seed(len(name)))
+    return trainer
+
+
+def _loss_and_gradient(trainer):
+    trainer = _with_learnt_adapter(trainer)
+    loss = trainer._compute_loss(trainer.model, first_batch(trainer), return_outputs=False)
+    parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    return loss, torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, parameters)])
+
+
+def test_preserve_mu_keeps_the_loss_and_changes_the_gradient(tmp_path):
+    plain, gradient = _loss_and_gradient(make_trainer(tmp_path, beta=100.0))
+    kept, held = _loss_and_gradient(make_trainer(tmp_path, beta=100.0, preserve_mu=1.0))
+    assert plain == kept
+    assert not torch.allclose(gradient, held)
+
+
+def test_preserve_mu_one_is_the_gradient_of_the_best_alone_where_losers_conflict(tmp_path):
+    """Residuals of a random model all point the way the noise does, so every loser conflicts: its gradient is gone."""
+    _, held = _loss_and_gradient(make_trainer(tmp_path, data=ranked_dataset((2, 2)), beta=100.0, preserve_mu=1.0))
+    trainer = _with_learnt_adapter(make_trainer(tmp_path, data=ranked_dataset((2, 2)), beta=100.0))
+    batch = first_batch(trainer)
+    error, ref_error, residual = trainer._errors(trainer.model, batch, "train")
+    best = batch["ranks"] == 1
+    assert ((residual[best] * residual[~best]).sum(1) > 0).all()
+    rewards = -50.0 * (torch.where(best, error, error.detach()) - ref_error)
+    margins = rewards[best] - rewards[~best]
+    parameters = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    expected = torch.autograd.grad(F.softplus(-margins).mean(), parameters)
+    torch.testing.assert_close(held, torch.cat([g.flatten() for g in expected]), rtol=1e-3, atol=1e-5)
+
+
+def test_anchors_add_what_they_say(tmp_path):
+    plain, _ = _loss_and_gradient(make_trainer(tmp_path, beta=100.0))
+    trainer = _with_learnt_adapter(make_trainer(tmp_path, beta=100.0))
+    batch = first_batch(trainer)
+    error, ref_error, _ = trainer._errors(trainer.model, batch, "train")
+    best = batch["ranks"] == 1
+    anchored, _ = _loss_and_gradient(make_trainer(tmp_path, beta=100.0, sft_weight=0.3))
+    torch.testing.assert_close(anchored, plain + 0.3 * 50.0 * error[best].mean())
+    penalised, _ = _loss_and_gradient(make_trainer(tmp_path, beta=100.0, dpop_lambda=2.0))
+    torch.testing.assert_close(penalised, plain + 2.0 * 50.0 * (error - ref_error)[best].relu().mean())
+
+
+class _Poison(TrainerCallback):
+    """Makes the gradient of some steps NaN, before the trainer's own callbacks see it."""
+
+    def __init__(self, steps: set[int]):
+        self.steps = steps
+        self.weights = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.weights.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
+        if state.global_step in self.steps:
+            next(p for p in model.parameters() if p.grad is not None).grad.fill_(float("nan"))
+
+
+def test_steps_that_are_not_finite_are_skipped_and_counted(tmp_path):
+    poison = _Poison({1})
+    trainer = make_trainer(tmp_path, callbacks=[poison], max_steps=4, weight_decay=0.1)
+    trainer.train()
+    assert all(torch.isfinite(parameter).all() for parameter in trainer.model.parameters())
+    before, after = poison.weights[1:3]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)), "the step did nothing"
+    assert any(not torch.equal(a, b) for a, b in zip(*poison.weights[2:4], strict=True)), "the next one did"
+    assert [log.get("skipped_steps") for log in trainer.state.log_history if "loss" in log] == [None, 1, 1, 1]
+
+
+def test_too_many_skipped_steps_in_a_row_stop(tmp_path):
+    trainer = make_trainer(tmp_path, callbacks=[_Poison({0, 2, 3})], max_steps=9, max_skipped_steps=2)
+    with pytest.raises(FloatingPointError, match=r"in 2 steps in a row, the last being step 4.*`max_skipped_steps=2`"):
+        trainer.train()
+
+
+def test_stop_on_displacement_gives_back_the_best_weights(tmp_path, monkeypatch, caplog):
+    deltas = iter([-0.1, -0.3, 0.1, 0.2, 0.3, 0.4, 0.5])
+    trainer = make_trainer(tmp_path, max_steps=7, stop_on_displacement=True, displacement_patience=3)
+    poison = _Poison(set())
+    trainer.add_callback(poison)
+    store = trainer._store_metrics
+
+    def pretend(mode, *args):
+        store(mode, *args)
+        delta = next(deltas)
+        trainer._metrics[mode]["error/chosen_delta"] = [delta]
+        trainer._metrics[mode]["error/rejected_delta"] = [2 * delta]
+
+    monkeypatch.setattr(trainer, "_store_metrics", pretend)
+    with caplog.at_level(logging.WARNING):
+        trainer.train()
+    assert trainer.state.global_step == 5
+    assert "Displacement at step 5" in caplog.text and "with the weights of step 2" in caplog.text
+    trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    for parameter, expected in zip(trained, poison.weights[2], strict=True):
+        assert torch.equal(parameter, expected)
 
 
 # What can be given as model, reference and data

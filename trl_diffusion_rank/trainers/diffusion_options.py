@@ -31,6 +31,15 @@ class DiffusionOptions:
     Options about noise and data. Comes before TRL's config among the bases.
 
     Parameters:
+        > Parameters that guard against collapse
+
+        preserve_mu (`float`, *optional*):
+            Scale down the gradient that raises the worse images' errors, so that at least this share, in [0, 1], of
+            the best images' descent is kept (https://huggingface.co/papers/2511.03317). The loss's value stays.
+        max_skipped_steps (`int`, *optional*, defaults to `10`):
+            An optimizer step whose gradient isn't finite is skipped and counted (`skipped_steps` in the log); after so
+            many in a row training stops with an error.
+
         > Parameters that control noise
 
         timestep_sampling (`str`, *optional*, defaults to `"uniform"`):
@@ -51,6 +60,19 @@ class DiffusionOptions:
         on_bad_row (`str`, *optional*, defaults to `"error"`):
             `error` stops at a row that breaks the contract or can't be decoded; `skip` leaves it out and counts it.
     """
+
+    # Parameters that guard against collapse
+    preserve_mu: float | None = field(
+        default=None,
+        metadata={
+            "help": "Scale the losers' gradient down so that at least this share, in [0, 1], of the best images' "
+            "descent is kept. Off when unset."
+        },
+    )
+    max_skipped_steps: int = field(
+        default=10,
+        metadata={"help": "Steps in a row whose gradient isn't finite, each skipped, before training stops."},
+    )
 
     # Parameters that control noise
     timestep_sampling: str = field(
@@ -92,7 +114,9 @@ class DiffusionOptions:
 
     def check_shared_options(self) -> None:
         """Refuse bad values of these options, naming the option; reads nothing but the options."""
-        for option, least in (("encode_batch_size", 1), ("resolution", 8)):
+        if self.preserve_mu is not None and not 0 <= self.preserve_mu <= 1:
+            raise ValueError(f"`preserve_mu` must be in [0, 1], got {self.preserve_mu}.")
+        for option, least in (("max_skipped_steps", 1), ("encode_batch_size", 1), ("resolution", 8)):
             value = getattr(self, option)
             if value is not None and value < least:
                 raise ValueError(f"`{option}` must be at least {least}, got {value}.")

@@ -1,6 +1,7 @@
 """What the preference trainers of diffusion models share, whichever of TRL's trainers they extend."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,15 @@ from trl_diffusion_rank.data.collator import EncodedRowCollator, RawRowCollator
 from trl_diffusion_rank.data.encoding import FORMAT_VERSION, encode_rows
 from trl_diffusion_rank.data.images import to_pixels
 from trl_diffusion_rank.data.ranked_rows import ROW_COLUMNS, check_rows, to_ranked
-from trl_diffusion_rank.diffusion.denoiser import DenoiserModel
+from trl_diffusion_rank.diffusion.denoiser import DenoiserModel, denoising_error
 from trl_diffusion_rank.diffusion.draws import EVALUATION, draw_rows
 from trl_diffusion_rank.diffusion.families import recognise_family
 from trl_diffusion_rank.diffusion.loading import load_pipeline
 from trl_diffusion_rank.diffusion.timesteps import allowed_timesteps, sample_timesteps
 from trl_diffusion_rank.objectives import monitors
 from trl_diffusion_rank.objectives.ranking import better_than
-from trl_diffusion_rank.trainers.displacement import DisplacementMonitor
+from trl_diffusion_rank.objectives.safeguards import preservation_scales, scale_gradient
+from trl_diffusion_rank.trainers.callbacks import SkipNonFiniteSteps
 
 
 logger = logging.getLogger(__name__)
@@ -38,7 +40,7 @@ class DiffusionTrainerMixin:
     A denoiser in the place of a language model: loading, encoding, noise, errors, logs, files.
 
     Comes before TRL's trainer among the bases. A trainer calls [`set_up`] before its parent's `__init__`, which then
-    runs whole, and [`release_encoders`] after it.
+    runs whole, and [`finish_set_up`] after it.
     """
 
     def set_up(
@@ -84,12 +86,14 @@ class DiffusionTrainerMixin:
         self._collator = EncodedRowCollator() if self.cache_latents else RawRowCollator(self.family, self.resolution)
         if isinstance(train_dataset, (Dataset, IterableDataset)):
             train_dataset = to_ranked(train_dataset, "train")
-        self._displacement = DisplacementMonitor(args.displacement_patience)
-        self._displacement_warned = False
         return wrapped, peft_config, train_dataset
 
-    def release_encoders(self) -> None:
-        """After everything is encoded; where images are encoded at each step, bring the encoders to the device."""
+    def finish_set_up(self) -> None:
+        """
+        After the parent's `__init__`: the encoders leave memory, or come to the device where each step needs them.
+        """
+        self._skipper = SkipNonFiniteSteps(self.args.max_skipped_steps)
+        self.add_callback(self._skipper)
         self.processing_class = None  # TRL was given a tokenizer; none belongs beside a denoiser's weights
         if self.cache_latents:
             self.family.drop_encoders()
@@ -185,6 +189,31 @@ class DiffusionTrainerMixin:
         target = self.family.target(latents, noise, timesteps)
         return (noisy_latents.to(self.model.dtype), timesteps, conditioning), target
 
+    def _ask(
+        self, model: nn.Module, asked: tuple[Tensor, Tensor, dict[str, Tensor]], target: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """
+        One forward pass for all images: errors (B, n) with their graph, and residuals (B, n, D), prediction minus
+        target, without.
+        """
+        with self.accelerator.autocast():
+            prediction = model(*asked)  # (M, C, h, w)
+        error = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, denoising_error(prediction, target))
+        residual = (prediction.detach().float() - target.float()).flatten(1)  # (M, D)
+        empty = torch.zeros(*mask.shape, residual.size(1), device=mask.device)
+        return error, empty.masked_scatter(mask.unsqueeze(2), residual)
+
+    def _preserving(
+        self, loss_of: Callable[[Tensor], Tensor], error: Tensor, residual: Tensor, ranks: Tensor, mask: Tensor
+    ) -> Tensor:
+        """The loss of errors (B, n), with the losers' gradient scaled down where `preserve_mu` asks for it."""
+        if self.args.preserve_mu is None or not error.requires_grad:
+            return loss_of(error)
+        fixed = error.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(loss_of(fixed), fixed)
+        scales = preservation_scales(gradient, residual, ranks, mask, self.args.preserve_mu)
+        return loss_of(scale_gradient(error, scales))
+
     def _latents_and_conditioning(self, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents (M, C, h, w) in float32 and conditioning {name: (M, ...)} of the images of all rows in turn."""
         mask = inputs["mask"]
@@ -233,20 +262,11 @@ class DiffusionTrainerMixin:
             for name, value in zip(per_row, values.mean(0).tolist(), strict=True):
                 self._metrics[mode][name].append(value)
 
-    # Adds the watch for displacement
+    # Adds the count of skipped steps
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if self._skipper.skipped and "loss" in logs:
+            logs["skipped_steps"] = self._skipper.skipped
         super().log(logs, start_time)
-        if "error/chosen_delta" not in logs:
-            return
-        displaced = self._displacement.update(logs["error/chosen_delta"], logs["error/rejected_delta"])
-        if displaced and not self._displacement_warned:
-            self._displacement_warned = True
-            logger.warning(
-                f"Displacement at step {self.state.global_step}: over the last {self._displacement.patience} logs the "
-                "denoising errors of the best and of the worst images both rose above the reference's. The loss may "
-                "still fall, but samples are getting worse. Stop, go back to an earlier checkpoint, and lower "
-                f"`learning_rate` (now {self.args.learning_rate:g}) or raise `beta` (now {self.beta:g})."
-            )
 
     # Saving
 

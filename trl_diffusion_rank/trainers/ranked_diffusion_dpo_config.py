@@ -48,9 +48,17 @@ class RankedDiffusionDPOConfig(DiffusionOptions, DPOConfig):
             `best_vs_rest` and `lambda`.
         linear_eta (`float`, *optional*, defaults to `0.1`):
             Least weight of a pair in the `linear` loss, in [0, 0.5].
+        sft_weight (`float`, *optional*, defaults to `0.0`):
+            Weight of an anchor, `beta / 2 * error` of the best images: behaviour cloning in units of reward.
+        dpop_lambda (`float`, *optional*, defaults to `0.0`):
+            Weight of `beta / 2 * relu(error - ref_error)` of the best images (DPO-Positive): nothing as long as they
+            are no worse than under the reference.
         displacement_patience (`int`, *optional*, defaults to `10`):
             Number of logs over which the errors of best and worst images must both rise above the reference before a
             warning says that the model is degrading. `0` never warns.
+        stop_on_displacement (`bool`, *optional*, defaults to `False`):
+            Stop then, with the weights of the log at which the best images' error was lowest. Keeps a copy of the
+            trained weights in CPU memory.
 
     The options about noise and data are those of [`~trl_diffusion_rank.trainers.diffusion_options.DiffusionOptions`].
 
@@ -90,11 +98,27 @@ class RankedDiffusionDPOConfig(DiffusionOptions, DPOConfig):
     linear_eta: float = field(
         default=0.1, metadata={"help": "Least weight of a pair in the `linear` loss, in [0, 0.5]."}
     )
+    sft_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of behaviour cloning of the best images: beta / 2 * their error is added."},
+    )
+    dpop_lambda: float = field(
+        default=0.0,
+        metadata={"help": "Weight of a penalty, beta / 2 * what the best images' error exceeds the reference's."},
+    )
     displacement_patience: int = field(
         default=10,
         metadata={
             "help": "Logs over which the errors of best and worst images must both rise above the reference before a "
             "warning. 0 never warns."
+        },
+    )
+
+    stop_on_displacement: bool = field(
+        default=False,
+        metadata={
+            "help": "Stop at displacement, with the weights of the log at which the best images' error was lowest. "
+            "Keeps a copy of the trained weights in CPU memory."
         },
     )
 
@@ -137,5 +161,8 @@ class RankedDiffusionDPOConfig(DiffusionOptions, DPOConfig):
             )
         if not 0 <= self.linear_eta <= 0.5:
             raise ValueError(f"`linear_eta` must be in [0, 0.5], got {self.linear_eta}.")
-        if self.displacement_patience < 0:
-            raise ValueError(f"`displacement_patience` must be at least 0, got {self.displacement_patience}.")
+        if self.stop_on_displacement and not self.displacement_patience:
+            raise ValueError("`stop_on_displacement` needs a `displacement_patience` above 0.")
+        for option in ("sft_weight", "dpop_lambda", "displacement_patience"):
+            if getattr(self, option) < 0:
+                raise ValueError(f"`{option}` must be at least 0, got {getattr(self, option)}.")

@@ -14,9 +14,11 @@ from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from trl_diffusion_rank.diffusion.denoiser import DenoiserModel, denoising_error
+from trl_diffusion_rank.diffusion.denoiser import DenoiserModel
 from trl_diffusion_rank.objectives.ranking import ranking_loss
+from trl_diffusion_rank.objectives.safeguards import anchor, dpop
 from trl_diffusion_rank.trainers.diffusion_trainer import DiffusionTrainerMixin, refuse
+from trl_diffusion_rank.trainers.displacement import DisplacementMonitor
 from trl_diffusion_rank.trainers.ranked_diffusion_dpo_config import RankedDiffusionDPOConfig
 
 
@@ -121,6 +123,10 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
             args.beta = getattr(self.family, family_beta)
             logger.info(f"`beta` is the `{self.family.name}` family's, {args.beta:g}.")
 
+        self._displacement = DisplacementMonitor(args.displacement_patience)
+        self._displaced_at: int | None = None
+        self._lowest_delta = float("inf")
+
         # TRL warns that `model_init_kwargs` is ignored with a loaded model; it wasn't
         model_init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None
         super().__init__(
@@ -136,7 +142,7 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
             peft_config=peft_config,
         )
         args.model_init_kwargs = model_init_kwargs
-        self.release_encoders()
+        self.finish_set_up()
 
     # Loss
 
@@ -144,39 +150,43 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Tensor:
         mode = "train" if self.model.training else "eval"
         ranks, mask = inputs["ranks"], inputs["mask"]  # (B, n)
-        error, ref_error = self._errors(model, inputs, mode)  # (B, n)
-        logps, ref_logps = -0.5 * error, -0.5 * ref_error
-        rewards = self.beta * (logps - ref_logps)
+        error, ref_error, residual = self._errors(model, inputs, mode)  # (B, n), (B, n), (B, n, D)
 
-        loss = torch.zeros((), device=error.device)
-        for loss_type, weight in zip(self.loss_types, self.loss_weights, strict=True):
-            per_row = ranking_loss(
-                loss_type,
-                rewards,
-                ranks,
-                mask,
-                error=error,
-                psi=inputs["psi"].float(),
-                label_smoothing=self.label_smoothing,
-                linear_eta=self.args.linear_eta,
-            )
-            loss = loss + weight * per_row.mean()
+        def loss_of(error: Tensor) -> Tensor:
+            logps, ref_logps = -0.5 * error, -0.5 * ref_error
+            rewards = self.beta * (logps - ref_logps)
+            per_row = self.args.sft_weight * anchor(error, ranks, mask, self.beta)
+            per_row = per_row + self.args.dpop_lambda * dpop(error, ref_error, ranks, mask, self.beta)
+            for loss_type, weight in zip(self.loss_types, self.loss_weights, strict=True):
+                per_row = per_row + weight * ranking_loss(
+                    loss_type,
+                    rewards,
+                    ranks,
+                    mask,
+                    error=error,
+                    psi=inputs["psi"].float(),
+                    label_smoothing=self.label_smoothing,
+                    linear_eta=self.args.linear_eta,
+                )
+            return per_row.mean()
 
-        self._store_metrics(mode, error.detach(), ref_error, rewards.detach(), ranks, mask)
+        loss = self._preserving(loss_of, error, residual, ranks, mask)
+        rewards = -0.5 * self.beta * (error.detach() - ref_error)
+        self._store_metrics(mode, error.detach(), ref_error, rewards, ranks, mask)
         return loss
 
-    def _errors(self, model: nn.Module, inputs: dict[str, Any], mode: str) -> tuple[Tensor, Tensor]:
-        """Denoising errors of the trained model and of the reference, (B, n) each, 0 where the row is padded."""
+    def _errors(self, model: nn.Module, inputs: dict[str, Any], mode: str) -> tuple[Tensor, Tensor, Tensor]:
+        """
+        Denoising errors of the trained model and of the reference, (B, n) each, and the residuals (B, n, D) of the
+        trained model; 0 where the row is padded.
+        """
         mask = inputs["mask"]  # (B, n)
         asked, target = self._noised(inputs, mode)
         # The reference first: the adapter is active again when the graph is built and checkpoints recompute
-        with torch.no_grad(), self.accelerator.autocast(), self._reference() as reference:
-            ref_error = denoising_error(reference(*asked), target)
-        with self.accelerator.autocast():
-            prediction = model(*asked)
-        error = denoising_error(prediction, target)
-        empty = torch.zeros(mask.shape, device=mask.device)
-        return empty.masked_scatter(mask, error), empty.masked_scatter(mask, ref_error)
+        with torch.no_grad(), self._reference() as reference:
+            ref_error, _ = self._ask(reference, asked, target, mask)
+        error, residual = self._ask(model, asked, target, mask)
+        return error, ref_error, residual
 
     @contextlib.contextmanager
     def _reference(self):
@@ -188,3 +198,37 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
             if self.ref_model is None:
                 stack.enter_context(use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None))
             yield self.ref_model or self.model
+
+    # Adds the watch for displacement
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if "error/chosen_delta" not in logs:
+            return
+        if self.args.stop_on_displacement and logs["error/chosen_delta"] <= self._lowest_delta:
+            self._lowest_delta = logs["error/chosen_delta"]
+            self._best_step = self.state.global_step
+            self._best_weights = [p.detach().to("cpu", copy=True) for p in self.model.parameters() if p.requires_grad]
+        displaced = self._displacement.update(logs["error/chosen_delta"], logs["error/rejected_delta"])
+        if not displaced or self._displaced_at is not None:
+            return
+        self._displaced_at = self.state.global_step
+        message = (
+            f"Displacement at step {self.state.global_step}: over the last {self._displacement.patience} logs the "
+            "denoising errors of the best and of the worst images both rose above the reference's. The loss may still "
+            "fall, but samples are getting worse."
+        )
+        if self.args.stop_on_displacement:
+            trained = (p for p in self.model.parameters() if p.requires_grad)
+            for parameter, best in zip(trained, self._best_weights, strict=True):
+                parameter.data.copy_(best)
+            self.control.should_training_stop = True
+            logger.warning(
+                f"{message} Training stops, with the weights of step {self._best_step}, where the best images' error "
+                "was lowest (`stop_on_displacement`)."
+            )
+        else:
+            logger.warning(
+                f"{message} Stop, go back to an earlier checkpoint, and lower `learning_rate` (now "
+                f"{self.args.learning_rate:g}), raise `beta` (now {self.beta:g}), or hold the best images with "
+                "`preserve_mu`, `sft_weight` or `dpop_lambda`; `stop_on_displacement` stops by itself."
+            )
