@@ -8,12 +8,25 @@ from datasets import Dataset, Features, Image, List, Value
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from PIL import Image as PILImage
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 
 WORDS = ("a", "red", "green", "blue", "cat", "dog", "sun", "house")
@@ -42,12 +55,24 @@ def tiny_text_encoder(tokenizer: CLIPTokenizer, with_projection: bool = False):
     return (CLIPTextModelWithProjection if with_projection else CLIPTextModel)(config).eval()
 
 
-def tiny_vae(**kwargs) -> AutoencoderKL:
+def tiny_t5_tokenizer() -> T5Tokenizer:
+    tokens = ["<pad>", "</s>", "<unk>", "\u2581", *string.ascii_lowercase]
+    return T5Tokenizer(vocab=[(token, -2.0) for token in tokens], extra_ids=0, model_max_length=24)
+
+
+def tiny_t5_encoder(tokenizer: T5Tokenizer, d_model: int) -> T5EncoderModel:
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=d_model, d_kv=8, d_ff=32, num_layers=1, num_heads=2, dropout_rate=0.0
+    )
+    return T5EncoderModel(config).eval()
+
+
+def tiny_vae(latent_channels: int = 4, **kwargs) -> AutoencoderKL:
     return AutoencoderKL(
         block_out_channels=(8, 8),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=4,
         sample_size=16,
         **kwargs,
@@ -111,6 +136,64 @@ def tiny_sdxl_pipeline(prediction_type: str = "epsilon", **scheduler) -> StableD
             **scheduler,
         ),
         add_watermarker=False,
+    )
+
+
+def tiny_flow_vae() -> AutoencoderKL:
+    return tiny_vae(16, scaling_factor=1.5, shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False)
+
+
+def tiny_sd3_pipeline(t5: bool = True) -> StableDiffusion3Pipeline:
+    torch.manual_seed(0)
+    tokenizer, t5_tokenizer = tiny_tokenizer(), tiny_t5_tokenizer()
+    return StableDiffusion3Pipeline(
+        transformer=SD3Transformer2DModel(
+            sample_size=8,
+            patch_size=2,
+            in_channels=16,
+            num_layers=2,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=40,  # T5's width; both CLIPs together have 32
+            caption_projection_dim=16,
+            pooled_projection_dim=32,
+            pos_embed_max_size=8,
+            dual_attention_layers=(0,),
+            qk_norm="rms_norm",
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=tiny_flow_vae(),
+        text_encoder=tiny_text_encoder(tokenizer, with_projection=True),
+        tokenizer=tokenizer,
+        text_encoder_2=tiny_text_encoder(tokenizer, with_projection=True),
+        tokenizer_2=tokenizer,
+        text_encoder_3=tiny_t5_encoder(t5_tokenizer, d_model=40) if t5 else None,
+        tokenizer_3=t5_tokenizer if t5 else None,
+    )
+
+
+def tiny_flux_pipeline(guidance_embeds: bool = True) -> FluxPipeline:
+    """In FLUX.1-dev's layout, or schnell's without `guidance_embeds`."""
+    torch.manual_seed(0)
+    tokenizer, t5_tokenizer = tiny_tokenizer(), tiny_t5_tokenizer()
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+        vae=tiny_flow_vae(),
+        text_encoder=tiny_text_encoder(tokenizer),
+        tokenizer=tokenizer,
+        text_encoder_2=tiny_t5_encoder(t5_tokenizer, d_model=32),
+        tokenizer_2=t5_tokenizer,
+        transformer=FluxTransformer2DModel(
+            in_channels=64,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            pooled_projection_dim=16,
+            guidance_embeds=guidance_embeds,
+            axes_dims_rope=(4, 4, 8),
+        ),
     )
 
 

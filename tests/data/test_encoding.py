@@ -20,8 +20,22 @@ def test_cells_hold_tensors_in_half_precision():
     assert torch.equal(unpack(pack(tensor)), tensor.half())
     ids = torch.tensor([[1024, 1365]], dtype=torch.int32)
     assert torch.equal(unpack(pack(ids)), ids)
-    with pytest.raises(ValueError, match="not finite in float16"):
-        pack(torch.tensor([70000.0]))
+    with pytest.raises(ValueError, match="not finite in half precision"):
+        pack(torch.tensor([float("inf")]))
+
+
+def test_values_beyond_float16_are_kept_in_bfloat16():
+    """As the states of a T5 in bfloat16 may be; a batch of both kinds is stacked without overflow."""
+    states = torch.tensor([[70000.0, -1e9], [0.1, 1e-9]]).bfloat16()
+    assert torch.equal(unpack(pack(states)), states)
+    assert unpack(pack(states)).dtype == torch.bfloat16
+    usual = torch.tensor([[0.3, 2.0], [0.1, 1.0]]).bfloat16()
+    assert unpack(pack(usual)).dtype == torch.float16
+    torch.testing.assert_close(
+        torch.stack([unpack(pack(states)), unpack(pack(usual))]), torch.stack([states, usual]).float()
+    )
+    scalar = torch.tensor(1e6)
+    assert unpack(pack(scalar)).shape == ()
 
 
 def test_rows_hold_latents_and_point_to_one_encoding_of_each_prompt():

@@ -34,20 +34,29 @@ IMAGE_CONDITIONING = "image_conditioning."  # prefix of the columns of `Family.i
 
 
 def pack(tensor: Tensor) -> dict[str, Any]:
-    """A tensor as a `TENSOR` cell; floats are halved, which a value beyond float16 refuses."""
+    """
+    A tensor as a `TENSOR` cell. Floats are halved: to float16, or to bfloat16 where a value lies beyond float16, as
+    states of T5 in bfloat16 may. Raises `ValueError` for what is not finite in either.
+    """
+    tensor = tensor.cpu()
     if tensor.is_floating_point():
         half = tensor.to(torch.float16)
         if not torch.isfinite(half).all():
-            raise ValueError("an encoder's output is not finite in float16, in which it is cached")
+            half = tensor.to(torch.bfloat16)
+            if not torch.isfinite(half).all():
+                raise ValueError("an encoder's output is not finite in half precision, in which it is cached")
+            return {"data": half.view(torch.int16).numpy().tobytes(), "shape": list(half.shape), "dtype": "bfloat16"}
         tensor = half
-    array = tensor.cpu().numpy()
+    array = tensor.numpy()
     return {"data": array.tobytes(), "shape": list(array.shape), "dtype": array.dtype.name}
 
 
 def unpack(cell: dict[str, Any]) -> Tensor:
     """The inverse of [`pack`]."""
-    array = np.frombuffer(bytearray(cell["data"]), dtype=cell["dtype"])
-    return torch.from_numpy(array.reshape(cell["shape"]))
+    is_bfloat16 = cell["dtype"] == "bfloat16"  # which NumPy doesn't know: read as the integers of its bits
+    array = np.frombuffer(bytearray(cell["data"]), dtype="int16" if is_bfloat16 else cell["dtype"])
+    tensor = torch.from_numpy(array.reshape(cell["shape"]))
+    return tensor.view(torch.bfloat16) if is_bfloat16 else tensor
 
 
 @dataclass

@@ -42,8 +42,9 @@ class DiffusionOptions:
 
         > Parameters that control noise
 
-        timestep_sampling (`str`, *optional*, defaults to `"uniform"`):
-            `uniform`, `turbo` (249, 499, 749) or `discrete` (those of `timesteps`).
+        timestep_sampling (`str`, *optional*):
+            `uniform`, `turbo` (249, 499, 749), `discrete` (those of `timesteps`) or, for flow matching, `logit_normal`
+            with the scheduler's shift. Defaults to the family's: `logit_normal` for SD3 and FLUX, else `uniform`.
         timesteps (`list[int]`, *optional*):
             The grid of `timestep_sampling="discrete"`, for models distilled to a few steps.
 
@@ -75,11 +76,12 @@ class DiffusionOptions:
     )
 
     # Parameters that control noise
-    timestep_sampling: str = field(
-        default="uniform",
+    timestep_sampling: str | None = field(
+        default=None,
         metadata={
-            "help": "Which timesteps are trained: `discrete` means those of `timesteps`, `turbo` 249, 499 and 749.",
-            "choices": ["uniform", "turbo", "discrete"],
+            "help": "Which timesteps are trained: `discrete` means those of `timesteps`, `turbo` 249, 499 and 749. "
+            "Defaults to the family's: logit_normal for flow matching, else uniform.",
+            "choices": ["uniform", "turbo", "discrete", "logit_normal"],
         },
     )
     timesteps: list[int] | None = field(
@@ -123,4 +125,4 @@ class DiffusionOptions:
         if self.on_bad_row not in ("error", "skip"):
             raise ValueError(f"`on_bad_row` must be 'error' or 'skip', got {self.on_bad_row!r}.")
         # What can be said of the grid without the model; the trainer knows how long its schedule is
-        allowed_timesteps(self.timestep_sampling, self.timesteps, num_train_timesteps=10**9)
+        allowed_timesteps(self.timestep_sampling or "uniform", self.timesteps, num_train_timesteps=10**9)

@@ -25,7 +25,6 @@ from trl_diffusion_rank.diffusion.denoiser import DenoiserModel, denoising_error
 from trl_diffusion_rank.diffusion.draws import EVALUATION, draw_rows
 from trl_diffusion_rank.diffusion.families import recognise_family
 from trl_diffusion_rank.diffusion.loading import load_pipeline
-from trl_diffusion_rank.diffusion.timesteps import allowed_timesteps, sample_timesteps
 from trl_diffusion_rank.objectives import monitors
 from trl_diffusion_rank.objectives.ranking import better_than
 from trl_diffusion_rank.objectives.safeguards import preservation_scales, scale_gradient
@@ -68,12 +67,13 @@ class DiffusionTrainerMixin:
         if peft_config is not None:
             peft_config = _denoiser_peft_config(peft_config, self.family.lora_target_modules)
 
-        self.timestep_grid = allowed_timesteps(args.timestep_sampling, args.timesteps, self.family.num_train_timesteps)
+        self.timestep_sampling = args.timestep_sampling or self.family.default_timestep_sampling
+        self.timestep_grid = self.family.timestep_grid(self.timestep_sampling, args.timesteps)
         self.resolution = args.resolution or self.family.default_resolution
-        if self.resolution % self.family.vae_scale_factor:
+        if self.resolution % self.family.resolution_multiple:
             raise ValueError(
-                f"`resolution={self.resolution}` must be a multiple of {self.family.vae_scale_factor}, the scale of "
-                "the model's VAE."
+                f"`resolution={self.resolution}` must be a multiple of {self.family.resolution_multiple}, the scale "
+                "of the model's VAE times the side of the denoiser's patches."
             )
 
         streaming = isinstance(train_dataset, IterableDataset)
@@ -157,7 +157,9 @@ class DiffusionTrainerMixin:
         """Of the weights themselves: a folder's name says nothing about what lies in it."""
         if self._encoder_hash is None:
             encoders = self.family.encoders
-            self._encoder_hash = Hasher.hash([self.family.name, *(hash_module(encoders[name]) for name in encoders)])
+            weights = [hash_module(module) for module in encoders.values()]
+            config = {key: value for key, value in encoders["vae"].config.items() if not key.startswith("_")}
+            self._encoder_hash = Hasher.hash([self.family.name, config, *weights])
         return self._encoder_hash
 
     # The columns that the collator reads instead of token ids
@@ -181,7 +183,8 @@ class DiffusionTrainerMixin:
         latents, conditioning = self._latents_and_conditioning(inputs)
         visit = EVALUATION if mode == "eval" else int(self.state.epoch or 0)
         u, noise = draw_rows(self.args.seed, inputs["row_seeds"].tolist(), visit, tuple(latents.shape[1:]))
-        timesteps = sample_timesteps(u, self.family.num_train_timesteps, self.timestep_grid)  # (B,)
+        drawn = (self.timestep_sampling, self.timestep_grid, self.resolution)
+        timesteps = self.family.sample_timesteps(u, *drawn)  # (B,)
         row_of_image = mask.nonzero()[:, 0]  # (M,)
         timesteps = timesteps.to(mask.device)[row_of_image]
         noise = noise.to(mask.device)[row_of_image]
@@ -236,10 +239,21 @@ class DiffusionTrainerMixin:
         self, mode: str, error: Tensor, ref_error: Tensor, rewards: Tensor, ranks: Tensor, mask: Tensor
     ) -> None:
         """Means over the rows of all processes, under TRL's names, for the next log."""
-        delta = error - ref_error
+        chosen_delta, rejected_delta = monitors.chosen_and_rejected(error - ref_error, ranks, mask)
+        deltas = {"error/chosen_delta": chosen_delta, "error/rejected_delta": rejected_delta}
+        for name, value in self._mean_metrics(error, rewards, ranks, mask, deltas).items():
+            self._metrics[mode][name].append(value)
+
+    def _mean_metrics(
+        self, error: Tensor, rewards: Tensor, ranks: Tensor, mask: Tensor, others: dict[str, Tensor]
+    ) -> dict[str, float]:
+        """
+        Means over the rows of all processes of what every trainer logs, under TRL's names, and of `others`, (B,) each.
+
+        Empty when no row counts: a row of ties, which a stream may hold, says nothing.
+        """
         chosen_reward, rejected_reward = monitors.chosen_and_rejected(rewards, ranks, mask)
         chosen_error, rejected_error = monitors.chosen_and_rejected(error, ranks, mask)
-        chosen_delta, rejected_delta = monitors.chosen_and_rejected(delta, ranks, mask)
         per_row = {
             "rewards/chosen": chosen_reward,
             "rewards/rejected": rejected_reward,
@@ -251,16 +265,13 @@ class DiffusionTrainerMixin:
             "logps/rejected": -0.5 * rejected_error,
             "error/chosen": chosen_error,
             "error/rejected": rejected_error,
-            "error/chosen_delta": chosen_delta,
-            "error/rejected_delta": rejected_delta,
+            **others,
         }
-        counts = better_than(ranks, mask).flatten(1).any(1)  # a row of ties, which a stream may hold, says nothing
+        counts = better_than(ranks, mask).flatten(1).any(1)
         values = torch.stack([counts.float(), *per_row.values()], dim=1)  # (B, 1 + metrics)
         values = self.accelerator.gather_for_metrics(values)
         values = values[values[:, 0] > 0, 1:]
-        if len(values):
-            for name, value in zip(per_row, values.mean(0).tolist(), strict=True):
-                self._metrics[mode][name].append(value)
+        return dict(zip(per_row, values.mean(0).tolist(), strict=True)) if len(values) else {}
 
     # Adds the count of skipped steps
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

@@ -8,17 +8,28 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING
 
 from trl_diffusion_rank.diffusion.families.base import Family
+from trl_diffusion_rank.diffusion.families.flux import FluxFamily
 from trl_diffusion_rank.diffusion.families.sd import StableDiffusionFamily
+from trl_diffusion_rank.diffusion.families.sd3 import StableDiffusion3Family
 from trl_diffusion_rank.diffusion.families.sdxl import StableDiffusionXLFamily
 
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["Family", "StableDiffusionFamily", "StableDiffusionXLFamily", "available_families", "recognise_family"]
+__all__ = [
+    "Family",
+    "FluxFamily",
+    "StableDiffusion3Family",
+    "StableDiffusionFamily",
+    "StableDiffusionXLFamily",
+    "available_families",
+    "recognise_family",
+]
 
 BUILT_IN: dict[str, type[Family]] = {
-    family.name: family for family in (StableDiffusionFamily, StableDiffusionXLFamily)
+    family.name: family
+    for family in (StableDiffusionFamily, StableDiffusionXLFamily, StableDiffusion3Family, FluxFamily)
 }
 
 

@@ -7,6 +7,8 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
 
+from trl_diffusion_rank.diffusion.timesteps import TIMESTEP_SAMPLING, allowed_timesteps, sample_timesteps
+
 
 class Family(ABC):
     """
@@ -22,6 +24,9 @@ class Family(ABC):
         lora_target_modules: what LoRA adapts when the user doesn't say: the attention projections.
         default_beta, default_beta_linear: strength on mean errors with the 1/2 inside, for the logistic losses and for
             `linear`.
+        default_beta_reference_free: the same for the losses without a reference.
+        timestep_samplings: the kinds of `timestep_sampling` that make sense for it.
+        default_timestep_sampling: the one it gets when the user doesn't say.
     """
 
     name: ClassVar[str]
@@ -29,6 +34,9 @@ class Family(ABC):
     lora_target_modules: ClassVar[tuple[str, ...]] = ("to_k", "to_q", "to_v", "to_out.0")
     default_beta: ClassVar[float]
     default_beta_linear: ClassVar[float]
+    default_beta_reference_free: ClassVar[float] = 500.0
+    timestep_samplings: ClassVar[tuple[str, ...]] = ("uniform", "turbo", "discrete")
+    default_timestep_sampling: ClassVar[str] = "uniform"
 
     def __init__(self, pipeline: DiffusionPipeline):
         self.pipeline: DiffusionPipeline | None = pipeline
@@ -38,6 +46,7 @@ class Family(ABC):
         vae = pipeline.vae
         self.vae_scale_factor: int = 2 ** (len(vae.config.block_out_channels) - 1)
         self.default_resolution: int = self._sample_size(pipeline) * self.vae_scale_factor
+        self.resolution_multiple: int = self.vae_scale_factor * self._patch_size(pipeline)
 
     @classmethod
     @abstractmethod
@@ -86,6 +95,11 @@ class Family(ABC):
         """Side of the latents that the denoiser was trained on."""
         return pipeline.unet.config.sample_size
 
+    @staticmethod
+    def _patch_size(pipeline: DiffusionPipeline) -> int:
+        """Side in latents of what the denoiser takes as one token: an image must be a whole number of them."""
+        return 1
+
     # Images and latents. The latent conventions of AutoencoderKL: scaled, and centred where its config says so.
 
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -117,7 +131,7 @@ class Family(ABC):
     def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Per-channel mean and standard deviation (1, C, 1, 1) that the VAE's config asks for, else 0 and 1."""
         config = self._require_pipeline().vae.config
-        mean = config.get("latents_mean") or [0.0]
+        mean = config.get("latents_mean") or [config.get("shift_factor") or 0.0]
         std = config.get("latents_std") or [1.0]
         return like.new_tensor(mean).view(1, -1, 1, 1), like.new_tensor(std).view(1, -1, 1, 1)
 
@@ -137,6 +151,39 @@ class Family(ABC):
     @property
     def num_train_timesteps(self) -> int:
         return self.scheduler.config.num_train_timesteps
+
+    @property
+    def last_timestep(self) -> int:
+        """The noisiest timestep."""
+        return self.num_train_timesteps - 1
+
+    def timestep_grid(self, sampling: str, timesteps: list[int] | None) -> list[int] | None:
+        """
+        The grid that `sample_timesteps` is given, or None where it draws from all timesteps; `timesteps` is the user's
+        list for `discrete`. Raises `ValueError` for what can't be drawn or doesn't fit this kind of model.
+        """
+        if sampling in TIMESTEP_SAMPLING and sampling not in self.timestep_samplings:
+            raise ValueError(
+                f"`timestep_sampling={sampling!r}` doesn't fit the `{self.name}` family: `turbo` is the schedule of "
+                "SDXL-Turbo, and `logit_normal` is for flow matching (SD3, FLUX). Use "
+                f"{', '.join(self.timestep_samplings)}, or leave it unset for {self.default_timestep_sampling!r}."
+            )
+        return allowed_timesteps(sampling, timesteps, self.last_timestep + 1)
+
+    def sample_timesteps(
+        self, u: Tensor, sampling: str, grid: list[int] | None, resolution: int | None = None
+    ) -> Tensor:
+        """
+        Uniform numbers `u` (B,) in [0, 1) to timesteps (B,).
+
+        Args:
+            u: one number for each row.
+            sampling: one of `timestep_samplings`.
+            grid: what `timestep_grid` gave for it.
+            resolution: side in pixels of the images; read by families whose schedule depends on it, for which it
+                defaults to `default_resolution`.
+        """
+        return sample_timesteps(u, self.num_train_timesteps, grid)
 
     def _alpha_and_sigma(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """Signal and noise levels (M, 1, 1, 1) at `timesteps` (M,): x_t = alpha x_0 + sigma noise."""
