@@ -42,7 +42,7 @@ class RankedDiffusionDPOConfig(DiffusionOptions, DPOConfig):
         beta (`float`, *optional*):
             Strength of the preference on the mean squared denoising error, with Diffusion-DPO's factor 1/2 inside:
             `reward = beta / 2 * (ref_error - error)`. Larger saturates sooner and keeps the model closer to the
-            reference. Defaults to the family's: 2000 for SD, 5000 for SDXL, and 250 and 500 for `linear`.
+            reference. Defaults to the family's: 2000 for SD, 5000 for SDXL, 500 for SD3 and FLUX; 250, 500 and 500 for `linear`.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
             Probability in [0, 0.5) that a preference is the wrong way round, for `pairwise`, `best_vs_worst`,
             `best_vs_rest` and `lambda`.
@@ -86,7 +86,7 @@ class RankedDiffusionDPOConfig(DiffusionOptions, DPOConfig):
         default=None,
         metadata={
             "help": "Strength of the preference on the mean squared denoising error: reward = beta / 2 * (ref_error - "
-            "error). Defaults to the family's: 2000 for SD, 5000 for SDXL; 250 and 500 for `linear`."
+            "error). Defaults to the family's: 2000 for SD, 5000 for SDXL, 500 for SD3 and FLUX."
         },
     )
     label_smoothing: float = field(
