@@ -23,8 +23,6 @@ from trl_diffusion_rank.objectives import LOSS_TYPES
         ("neftune_noise_alpha", 5.0),
         ("label_smoothing_factor", 0.1),
         ("include_num_input_tokens_seen", True),
-        ("precompute_ref_log_probs", True),
-        ("precompute_ref_batch_size", 4),
     ],
 )
 def test_language_model_options_raise_when_set(tmp_path, option, value):
@@ -48,6 +46,7 @@ def test_language_model_options_raise_when_set(tmp_path, option, value):
         ({"sft_weight": -1.0}, "`sft_weight` must be at least 0, got -1.0"),
         ({"dpop_lambda": -1.0}, "`dpop_lambda` must be at least 0, got -1.0"),
         ({"max_skipped_steps": 0}, "`max_skipped_steps` must be at least 1, got 0"),
+        ({"num_reference_draws": 0}, "`num_reference_draws` must be at least 1, got 0"),
         ({"stop_on_displacement": True, "displacement_patience": 0}, "needs a `displacement_patience` above 0"),
         ({"displacement_patience": -1}, "`displacement_patience` must be at least 0, got -1"),
         ({"encode_batch_size": 0}, "`encode_batch_size` must be at least 1, got 0"),

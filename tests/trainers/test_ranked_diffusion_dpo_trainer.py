@@ -446,6 +446,52 @@ def test_stop_on_displacement_gives_back_the_best_weights(tmp_path, monkeypatch,
         assert torch.equal(parameter, expected)
 
 
+# Reference errors in advance
+
+
+def losses(trainer) -> list[float]:
+    trainer.train()
+    return [log["loss"] for log in trainer.state.log_history if "loss" in log]
+
+
+@pytest.mark.parametrize("peft_config", ["lora", None])
+def test_precomputed_reference_gives_the_run_with_the_same_draws(tmp_path, peft_config):
+    """Nine steps over three epochs, two draws: the third epoch meets the first one's again. Rows differ in n."""
+    options = {"max_steps": 9, "beta": 100.0, "learning_rate": 1e-3, "peft_config": peft_config}
+    data = ranked_dataset((4, 3, 2, 4, 2, 3), seed=21)
+    online = make_trainer(tmp_path, data=data, num_reference_draws=2, **options)
+    expected = losses(online)
+    known = make_trainer(tmp_path, data=data, num_reference_draws=2, precompute_ref_log_probs=True, **options)
+    assert known.ref_model is None
+    assert losses(known) == pytest.approx(expected, rel=1e-4)
+    assert expected != pytest.approx(losses(make_trainer(tmp_path, data=data, **options)), rel=1e-4)
+
+
+def test_precomputed_reference_is_not_asked_again_by_a_sweep(tmp_path, monkeypatch, capsys):
+    data = ranked_dataset((2, 3, 2, 2), seed=22)
+    options = {"data": data, "precompute_ref_log_probs": True, "num_reference_draws": 2}
+    first = make_trainer(tmp_path, eval_dataset=ranked_dataset((2, 2), seed=23), **options)
+    assert "train dataset, 2 draws a row: computed and cached" in capsys.readouterr().out
+    assert first.evaluate()["eval_loss"] > 0
+    assert np.shape(first.train_dataset[1]["ref_errors"]) == (3, 2)
+    monkeypatch.setattr(RankedDiffusionDPOTrainer, "_reference", _never)
+    for beta, loss_type in ((100.0, "lambda"), (3000.0, "pairwise")):
+        swept = make_trainer(tmp_path, beta=beta, loss_type=loss_type, **options)
+        assert "train dataset, 2 draws a row: found in the cache" in capsys.readouterr().out
+        swept.train()
+    for other in ({"seed": 5}, {"num_reference_draws": 3}, {"timestep_sampling": "turbo"}):
+        with pytest.raises(ValueError, match="encoded again"):
+            make_trainer(tmp_path, **(options | other))
+
+
+def test_reference_cannot_be_asked_in_advance_of_a_stream(tmp_path):
+    for options in ({"data": ranked_dataset().to_iterable_dataset()}, {"cache_latents": False}):
+        with pytest.raises(
+            ValueError, match="`precompute_ref_log_probs=True` needs a dataset whose images are encoded"
+        ):
+            make_trainer(tmp_path, precompute_ref_log_probs=True, **options)
+
+
 # What can be given as model, reference and data
 
 

@@ -29,7 +29,8 @@ class EncodedRowCollator:
     Batches of encoded rows.
 
     Every tensor has the rows first: `latents` (B, n, C, h, w) float16, what [`_collate_lists`] gives,
-    `prompt_conditioning` {name: (B, ...)} and `image_conditioning` {name: (B, n, ...)}.
+    `prompt_conditioning` {name: (B, ...)} and `image_conditioning` {name: (B, n, ...)}; where the reference's errors
+    are known in advance, `ref_errors` (B, n, K).
 
     A table of prompts belongs to each encoded dataset; `add_prompts` gives it a number that the rows carry.
     """
@@ -44,7 +45,13 @@ class EncodedRowCollator:
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         prompts = [self.prompt_tables[example["prompt_table"]][example["prompt_index"]] for example in examples]
         image_keys = [key for key in examples[0] if key.startswith(IMAGE_CONDITIONING)]
+        if "ref_errors" in examples[0]:
+            ref_errors = [torch.tensor(example["ref_errors"]) for example in examples]
+            known = {"ref_errors": pad_sequence(ref_errors, batch_first=True)}
+        else:
+            known = {}
         return {
+            **known,
             "latents": pad_sequence([unpack(example["latents"]) for example in examples], batch_first=True),
             **_collate_lists(
                 [example["ranks"] for example in examples],

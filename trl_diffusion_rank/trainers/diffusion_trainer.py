@@ -172,16 +172,19 @@ class DiffusionTrainerMixin:
 
     # Noise and errors
 
-    def _noised(self, inputs: dict[str, Any], mode: str) -> tuple[tuple[Tensor, Tensor, dict[str, Tensor]], Tensor]:
+    def _visit(self, mode: str) -> int:
+        """Which of a row's draws is due: another at each visit in training, always the same in evaluation."""
+        return EVALUATION if mode == "eval" else int(self.state.epoch or 0)
+
+    def _noised(self, inputs: dict[str, Any], visit: int) -> tuple[tuple[Tensor, Tensor, dict[str, Tensor]], Tensor]:
         """
-        What the denoiser is asked for the images of all rows, and what it should say.
+        What the denoiser is asked for the images of all rows at their `visit`-th visit, and what it should say.
 
         Returns `(noisy_latents (M, C, h, w), timesteps (M,), conditioning)` and the target (M, C, h, w); the M images
         are those that `mask` has, without padding.
         """
         mask = inputs["mask"]  # (B, n)
         latents, conditioning = self._latents_and_conditioning(inputs)
-        visit = EVALUATION if mode == "eval" else int(self.state.epoch or 0)
         u, noise = draw_rows(self.args.seed, inputs["row_seeds"].tolist(), visit, tuple(latents.shape[1:]))
         drawn = (self.timestep_sampling, self.timestep_grid, self.resolution)
         timesteps = self.family.sample_timesteps(u, *drawn)  # (B,)

@@ -19,8 +19,6 @@ _MEANINGLESS = {
     "f_alpha_divergence_coef": "a denoiser's surrogate log-likelihood gives no density ratio for other divergences",
     "use_weighting": "WPO weights by token probabilities, which a denoiser doesn't have",
     "discopop_tau": "`discopop` is no `loss_type` here",
-    "precompute_ref_log_probs": "reference errors are computed at each step with the same noise and timestep",
-    "precompute_ref_batch_size": "reference errors are computed at each step with the same noise and timestep",
 }
 
 
@@ -42,7 +40,8 @@ class RankedDiffusionDPOConfig(DiffusionOptions, DPOConfig):
         beta (`float`, *optional*):
             Strength of the preference on the mean squared denoising error, with Diffusion-DPO's factor 1/2 inside:
             `reward = beta / 2 * (ref_error - error)`. Larger saturates sooner and keeps the model closer to the
-            reference. Defaults to the family's: 2000 for SD, 5000 for SDXL, 500 for SD3 and FLUX; 250, 500 and 500 for `linear`.
+            reference. Defaults to the family's: 2000 for SD, 5000 for SDXL, 500 for SD3 and FLUX; for `linear` 250,
+            500 and 500.
         label_smoothing (`float`, *optional*, defaults to `0.0`):
             Probability in [0, 0.5) that a preference is the wrong way round, for `pairwise`, `best_vs_worst`,
             `best_vs_rest` and `lambda`.
@@ -53,6 +52,13 @@ class RankedDiffusionDPOConfig(DiffusionOptions, DPOConfig):
         dpop_lambda (`float`, *optional*, defaults to `0.0`):
             Weight of `beta / 2 * relu(error - ref_error)` of the best images (DPO-Positive): nothing as long as they
             are no worse than under the reference.
+        precompute_ref_log_probs (`bool`, *optional*, defaults to `False`):
+            Ask the reference before training, at the `num_reference_draws` draws that each row will meet, and cache
+            what it says. Spares the reference's pass at each step, and for full weights its memory; a sweep over
+            losses and betas asks it once.
+        num_reference_draws (`int`, *optional*):
+            Number K of distinct draws of timestep and noise that a row meets: at its visit v the draw v modulo K.
+            Defaults to 8 with `precompute_ref_log_probs`, else to a new draw at each visit.
         displacement_patience (`int`, *optional*, defaults to `10`):
             Number of logs over which the errors of best and worst images must both rise above the reference before a
             warning says that the model is degrading. `0` never warns.
@@ -105,6 +111,13 @@ class RankedDiffusionDPOConfig(DiffusionOptions, DPOConfig):
     dpop_lambda: float = field(
         default=0.0,
         metadata={"help": "Weight of a penalty, beta / 2 * what the best images' error exceeds the reference's."},
+    )
+    num_reference_draws: int | None = field(
+        default=None,
+        metadata={
+            "help": "Distinct draws of timestep and noise that a row meets, in turn; their reference errors are what "
+            "`precompute_ref_log_probs` computes. Defaults to 8 then, else to a new draw at each visit."
+        },
     )
     displacement_patience: int = field(
         default=10,
@@ -161,6 +174,8 @@ class RankedDiffusionDPOConfig(DiffusionOptions, DPOConfig):
             )
         if not 0 <= self.linear_eta <= 0.5:
             raise ValueError(f"`linear_eta` must be in [0, 0.5], got {self.linear_eta}.")
+        if self.num_reference_draws is not None and self.num_reference_draws < 1:
+            raise ValueError(f"`num_reference_draws` must be at least 1, got {self.num_reference_draws}.")
         if self.stop_on_displacement and not self.displacement_patience:
             raise ValueError("`stop_on_displacement` needs a `displacement_patience` above 0.")
         for option in ("sft_weight", "dpop_lambda", "displacement_patience"):

@@ -1,20 +1,26 @@
 import contextlib
 import copy
 import logging
+import os
 import textwrap
 from typing import Any
 
 import torch
-from datasets import Dataset, IterableDataset
+from accelerate.utils import broadcast_object_list, is_peft_model
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
+from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 from transformers import DataCollator, TrainerCallback
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from trl_diffusion_rank.diffusion.denoiser import DenoiserModel
+from trl_diffusion_rank.diffusion.draws import EVALUATION
 from trl_diffusion_rank.objectives.ranking import ranking_loss
 from trl_diffusion_rank.objectives.safeguards import anchor, dpop
 from trl_diffusion_rank.trainers.diffusion_trainer import DiffusionTrainerMixin, refuse
@@ -113,11 +119,13 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
         model, peft_config, train_dataset = self.set_up(model, processing_class, args, peft_config, train_dataset)
         if ref_model is not None:
             ref_model = DenoiserModel(ref_model, self.family)
-        elif peft_config is None:
+        elif peft_config is None and not args.precompute_ref_log_probs:
             # TRL would load the reference from the Hub again, and as a language model
             ref_model = DenoiserModel(copy.deepcopy(model.denoiser), self.family)
         if ref_model is not None:
             ref_model.requires_grad_(False)
+        if args.precompute_ref_log_probs and args.num_reference_draws is None:
+            args.num_reference_draws = 8
         if args.beta is None:
             family_beta = "default_beta_linear" if args.loss_type == ["linear"] else "default_beta"
             args.beta = getattr(self.family, family_beta)
@@ -181,21 +189,98 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
         trained model; 0 where the row is padded.
         """
         mask = inputs["mask"]  # (B, n)
-        asked, target = self._noised(inputs, mode)
-        # The reference first: the adapter is active again when the graph is built and checkpoints recompute
-        with torch.no_grad(), self._reference() as reference:
-            ref_error, _ = self._ask(reference, asked, target, mask)
+        visit = self._visit(mode)
+        asked, target = self._noised(inputs, visit)
+        if "ref_errors" in inputs:
+            ref_error = inputs["ref_errors"][..., 0 if mode == "eval" else visit]  # (B, n, K) -> (B, n)
+        else:
+            # The reference first: the adapter is active again when the graph is built and checkpoints recompute
+            ref_error = self._reference_error(asked, target, mask)
         error, residual = self._ask(model, asked, target, mask)
         return error, ref_error, residual
 
+    # With `num_reference_draws` a row's draws repeat, so that their reference errors can be known in advance
+    def _visit(self, mode: str) -> int:
+        visit = super()._visit(mode)
+        draws = self.args.num_reference_draws
+        return visit % draws if draws and mode == "train" else visit
+
+    @torch.no_grad()
+    def _reference_error(self, asked: tuple, target: Tensor, mask: Tensor) -> Tensor:
+        """Denoising errors of the reference, (B, n)."""
+        with self._reference() as reference:
+            return self._ask(reference, asked, target, mask)[0]
+
+    # Replaces the log-probabilities of whole sequences
+    def _precompute_ref_logps(self, dataset: Dataset | IterableDataset, name: str, batch_size: int) -> Dataset:
+        """
+        Add the column `ref_errors`: the reference's errors at all draws that a row will meet, n x K numbers.
+
+        They are cached by a fingerprint of the data, the model's weights and the draws. Losses and betas aren't part
+        of it, so a sweep over them asks the reference once.
+        """
+        if not self.cache_latents:
+            raise ValueError(
+                "`precompute_ref_log_probs=True` needs a dataset whose images are encoded once (`cache_latents`): "
+                "a stream or `cache_latents=False` would encode every image again for each draw."
+            )
+        if "ref_errors" in dataset.column_names:
+            return dataset
+        visits = [EVALUATION] if name != "train" else list(range(self.args.num_reference_draws))
+        drawn = (self.args.seed, visits, self.timestep_sampling, self.timestep_grid, self.resolution)
+        made_of = (dataset._fingerprint, self._precompute_model_hash, drawn, self.accelerator.mixed_precision)
+        fingerprint = [Hasher.hash(made_of)]
+        broadcast_object_list(fingerprint, from_process=0)  # sharded weights have another hash on each process
+        cache_file = dataset._get_cache_file_path(fingerprint[0])
+        known = os.path.exists(cache_file)
+        if not known:
+            errors = self._all_reference_errors(dataset, name, visits, batch_size)
+            if self.accelerator.is_main_process:
+                dataset.select_columns(["row_seed"]).map(
+                    lambda _, indices: {"ref_errors": [errors[index] for index in indices]},
+                    with_indices=True,
+                    batched=True,
+                    remove_columns=["row_seed"],
+                    features=Features({"ref_errors": List(List(Value("float32")))}),
+                    new_fingerprint=fingerprint[0],
+                    cache_file_name=cache_file,
+                )
+        self.accelerator.wait_for_everyone()
+        self.accelerator.print(
+            f"Reference errors of the {name} dataset, {len(visits)} draw{'s' if len(visits) > 1 else ''} a row: "
+            f"{'found in the cache' if known else 'computed and cached'}."
+        )
+        return concatenate_datasets([dataset, Dataset.from_file(cache_file)], axis=1)
+
+    def _all_reference_errors(
+        self, dataset: Dataset, name: str, visits: list[int], batch_size: int
+    ) -> list[list[list[float]]]:
+        """Errors [row][image][draw] in the dataset's order; the processes share the work and each gets all of it."""
+        loader = self.accelerator.prepare(
+            DataLoader(dataset, batch_size, collate_fn=self._collator, num_workers=self.args.dataloader_num_workers)
+        )
+        rows = []
+        for batch in tqdm(loader, desc=f"Reference errors of {name}", unit="batch"):
+            batch = self._prepare_inputs(batch)
+            mask = batch["mask"]
+            errors = [self._reference_error(*self._noised(batch, visit), mask) for visit in visits]
+            errors = self.accelerator.pad_across_processes(torch.stack(errors, dim=2), dim=1)  # (B, n, K)
+            mask = self.accelerator.pad_across_processes(mask.int(), dim=1)
+            errors, mask = self.accelerator.gather_for_metrics((errors, mask))
+            rows += [row[present].tolist() for row, present in zip(errors.cpu(), mask.bool().cpu(), strict=True)]
+        return rows
+
     @contextlib.contextmanager
     def _reference(self):
-        """The reference: its own model, or the trained one with the adapter disabled."""
+        """
+        The reference: its own model, or the trained one with the adapter disabled; without either, the model itself
+        before its first step.
+        """
         with contextlib.ExitStack() as stack:
             if self.args.gradient_checkpointing:  # nothing is kept for a backward pass here
                 kwargs = self.args.gradient_checkpointing_kwargs
                 stack.enter_context(disable_gradient_checkpointing(self.model, kwargs))
-            if self.ref_model is None:
+            if self.ref_model is None and is_peft_model(self.model):
                 stack.enter_context(use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None))
             yield self.ref_model or self.model
 
