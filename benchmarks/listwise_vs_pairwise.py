@@ -10,178 +10,28 @@ The controls are that fine-tuning and lists whose ranks are shuffled. The judges
 the model nor the scorer has seen.
 """
 
-import argparse
-import json
-import tempfile
-from pathlib import Path
-
-import numpy as np
-import torch
-from datasets import Dataset, load_from_disk
-from peft import LoraConfig
-from torch import Tensor
-from transformers.utils import logging as transformers_logging
-
-from trl_diffusion_rank import RankedDiffusionDPOConfig, RankedDiffusionDPOTrainer, load_pipeline
-from trl_diffusion_rank.data.ranked_rows import IMAGES, to_ranked
-from trl_diffusion_rank.diffusion.draws import stable_seed
-from trl_diffusion_rank.diffusion.sampling import load_tuned, sample_images
-from trl_diffusion_rank.evaluation.judges import Judge, load_judge, pixel_features
-from trl_diffusion_rank.evaluation.statistics import bootstrap_interval, diversity, frechet_distance
-from trl_diffusion_rank.objectives.ranking import extremes
+from digits_world import BestOnlyTrainer, run_methods
 
 
-FORWARDS = 40  # images a step
-STEPS_OF_SAMPLING = (4, 20)
 METHODS = {
-    # name: (loss_type, beta, what is trained on). A beta is another strength for each loss: two of each are shown
+    # A beta is another strength for each loss: two of each are shown
     "base": None,
-    "plackett_luce (1000), shuffled ranks: control": ("plackett_luce", 1000.0, "shuffled"),
-    "fine-tuning on the best: control": (None, 1.0, "pairs"),
-    "best_vs_worst (2000)": ("best_vs_worst", 2000.0, "pairs"),
-    "best_vs_worst (1400)": ("best_vs_worst", 1400.0, "pairs"),
-    "pairwise, all pairs (1000)": ("pairwise", 1000.0, "lists"),
-    "pairwise, all pairs (700)": ("pairwise", 700.0, "lists"),
-    "plackett_luce (1000)": ("plackett_luce", 1000.0, "lists"),
-    "plackett_luce (700)": ("plackett_luce", 700.0, "lists"),
-    "lambda (3000)": ("lambda", 3000.0, "lists"),
-    "lambda (1500)": ("lambda", 1500.0, "lists"),
+    "plackett_luce (1000), shuffled ranks: control": {
+        "loss_type": "plackett_luce",
+        "beta": 1000.0,
+        "kind": "shuffled",
+    },
+    "fine-tuning on the best: control": {"trainer_class": BestOnlyTrainer, "kind": "pairs"},
+    "best_vs_worst (2000)": {"loss_type": "best_vs_worst", "beta": 2000.0, "kind": "pairs"},
+    "best_vs_worst (1400)": {"loss_type": "best_vs_worst", "beta": 1400.0, "kind": "pairs"},
+    "pairwise, all pairs (1000)": {"loss_type": "pairwise", "beta": 1000.0},
+    "pairwise, all pairs (700)": {"loss_type": "pairwise", "beta": 700.0},
+    "plackett_luce (1000)": {"loss_type": "plackett_luce", "beta": 1000.0},
+    "plackett_luce (700)": {"loss_type": "plackett_luce", "beta": 700.0},
+    "lambda (3000)": {"loss_type": "lambda", "beta": 3000.0},
+    "lambda (1500)": {"loss_type": "lambda", "beta": 1500.0},
 }
 
 
-class BestOnlyTrainer(RankedDiffusionDPOTrainer):
-    """Supervised fine-tuning: the best images' denoising error, and nothing else is forwarded."""
-
-    def _compute_loss(self, model, inputs, return_outputs) -> Tensor:
-        best, _ = extremes(inputs["ranks"], inputs["mask"])
-        error, _, _ = self._errors(model, {**inputs, "mask": best}, "train")
-        return error.sum() / best.sum()
-
-
-def training_data(lists: Dataset, kind: str, seed: int) -> Dataset:
-    """The lists as they are, with shuffled ranks, or cut down to their best and worst image."""
-    generator = np.random.default_rng(seed)
-
-    def change(row):
-        if kind == "shuffled":
-            row["ranks"] = generator.permutation(row["ranks"]).tolist()
-        else:
-            places = [int(np.argmin(row["ranks"])), int(np.argmax(row["ranks"]))]
-            row = {"prompt": row["prompt"], IMAGES: [row[IMAGES][i] for i in places], "ranks": [1, 2]}
-        return row
-
-    lists = to_ranked(lists, "train").select_columns(["prompt", IMAGES, "ranks"])
-    return lists if kind == "lists" else lists.map(change, load_from_cache_file=False)
-
-
-def train(lists: Dataset, method: tuple, seed: int, folder: str) -> float:
-    """Train a LoRA into `folder`; returns the seconds it took."""
-    loss_type, beta, kind = method
-    images_per_row = 1 if loss_type is None else 2 if kind == "pairs" else 4
-    args = RankedDiffusionDPOConfig(
-        folder,
-        loss_type=loss_type or "pairwise",
-        beta=beta,
-        learning_rate=3e-4,
-        lr_scheduler_type="constant",
-        max_steps=200,
-        per_device_train_batch_size=FORWARDS // images_per_row,
-        seed=seed,
-        bf16=False,
-        use_cpu=True,
-        activation_checkpointing=False,
-        dataloader_pin_memory=False,
-        encode_batch_size=200,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-    )
-    trainer_class = BestOnlyTrainer if loss_type is None else RankedDiffusionDPOTrainer
-    targets = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out"]
-    trainer = trainer_class(
-        model="digits",
-        args=args,
-        train_dataset=training_data(lists, kind, seed),
-        peft_config=LoraConfig(r=8, lora_alpha=8, target_modules=[*targets, "conv1", "conv2", "conv_shortcut"]),
-    )
-    seconds = trainer.train().metrics["train_runtime"]
-    trainer.save_model()
-    return seconds
-
-
-def evaluate(adapter: str | None, prompts: list[str], judge: Judge) -> dict[str, float | list[float]]:
-    """Shares, Frechet distance and diversity of one image a prompt at each number of steps, seeds fixed."""
-    pipeline = load_pipeline("digits")
-    pipeline.set_progress_bar_config(disable=True)
-    if adapter:
-        load_tuned(pipeline, adapter)
-    seeds = [stable_seed("listwise_vs_pairwise", row) for row in range(len(prompts))]
-    numbers = {}
-    for steps in STEPS_OF_SAMPLING:
-        images = sample_images(
-            pipeline, prompts, seeds, num_inference_steps=steps, guidance_scale=2.0, batch_size=120, progress=None
-        )
-        judged = judge.judge(images, prompts)
-        numbers[f"clean@{steps}"] = float(judged["clean"].mean())
-        numbers[f"good@{steps}"] = float(judged["good"].mean())
-        numbers[f"good@{steps} per image"] = judged["good"].tolist()
-        numbers[f"frechet@{steps}"] = frechet_distance(judge.features(images), judge.reference_features())
-        numbers[f"diversity@{steps}"] = diversity(pixel_features(images), judge.groups(prompts))
-    return numbers
-
-
-def table(results: dict[str, list[dict]]) -> str:
-    """Means over seeds; `good` with a bootstrap 95 % interval over prompts, the images of all seeds taken together."""
-    columns = [f"{name}@{steps}" for steps in STEPS_OF_SAMPLING for name in ("clean", "good", "frechet", "diversity")]
-    lines = ["| method (beta), trainings | " + " | ".join(columns) + " | seconds |", "|---" * (len(columns) + 2) + "|"]
-    for name, runs in results.items():
-        cells = [f"{name}, {len(runs)}"]
-        for column in columns:
-            mean = np.mean([run[column] for run in runs])
-            cell = f"{mean:.1f}" if column.startswith("frechet") else f"{mean:.2f}"
-            if column.startswith("good"):
-                per_prompt = np.mean([run[f"{column} per image"] for run in runs], axis=0)
-                low, high = bootstrap_interval(per_prompt)
-                cell += f" [{low:.2f}, {high:.2f}]"
-            cells.append(cell)
-        seconds = [run["seconds"] for run in runs if run["seconds"]]
-        cells.append(f"{np.mean(seconds):.0f}" if seconds else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run_dir", default="runs/digits_rank4", help="finished run with the stages up to `score`")
-    parser.add_argument("--seeds", type=int, default=3, help="trainings of each method (default: 3)")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS), metavar="METHOD")
-    parser.add_argument("--output", default="benchmarks/listwise_vs_pairwise.json", help="every number of every run")
-    args = parser.parse_args()
-    run_dir = Path(args.run_dir)
-    if not (run_dir / "score" / "stage.json").exists():
-        parser.error(
-            f"`{run_dir}` holds no ranked images. First: trl-diffusion-rank run --recipe recipes/digits_rank4.yaml "
-            "--only prompts generate score"
-        )
-    torch.set_num_threads(1)  # the model is so small that a second thread costs more than it brings
-    transformers_logging.set_verbosity_error()
-
-    lists = load_from_disk(run_dir / "score")
-    lists = lists["train"] if "train" in lists else lists
-    prompts = list(load_from_disk(run_dir / "prompts")["test"]["prompt"])
-    judge = load_judge("digits")
-    output = Path(args.output)
-    results = json.loads(output.read_text()) if output.exists() else {}
-    for name in args.methods:
-        runs = results.setdefault(name, [])
-        for seed in range(len(runs), 1 if name == "base" else args.seeds):
-            with tempfile.TemporaryDirectory() as folder:
-                seconds = train(lists, METHODS[name], seed, folder) if METHODS[name] else None
-                runs.append({"seconds": seconds, **evaluate(folder if METHODS[name] else None, prompts, judge)})
-            output.write_text(json.dumps(results))
-            print(table({name: runs}), flush=True)
-    print("\n" + table({name: results[name] for name in args.methods}))
-
-
 if __name__ == "__main__":
-    main()
+    run_methods(METHODS, __doc__, default_seeds=3, output="benchmarks/listwise_vs_pairwise.json")

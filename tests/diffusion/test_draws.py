@@ -1,6 +1,6 @@
 import torch
 
-from trl_diffusion_rank.diffusion.draws import EVALUATION, draw_rows, stable_seed
+from trl_diffusion_rank.diffusion.draws import EVALUATION, draw_captions, draw_rows, stable_seed
 
 
 def test_draw_belongs_to_the_row_not_to_its_place():
@@ -21,6 +21,15 @@ def test_noise_is_standard_normal_and_u_uniform():
     u, noise = draw_rows(0, list(range(500)), 0, (4, 8, 8))
     assert abs(noise.mean()) < 0.02 and abs(noise.std() - 1) < 0.02
     assert abs(u.mean() - 0.5) < 0.05 and 0 <= u.min() and u.max() < 1
+
+
+def test_captions_are_dropped_by_row_and_visit_and_never_in_evaluation():
+    rows = list(range(2000))
+    dropped = draw_captions(0, rows, 0, 0.1)
+    assert 0.08 < dropped.float().mean() < 0.12
+    assert torch.equal(dropped[5:7], draw_captions(0, [5, 6], 0, 0.1))
+    assert not torch.equal(dropped, draw_captions(0, rows, 1, 0.1))
+    assert not draw_captions(0, rows, EVALUATION, 0.9).any()
 
 
 def test_stable_seed_is_the_same_everywhere():

@@ -46,6 +46,8 @@ def test_language_model_options_raise_when_set(tmp_path, option, value):
         ({"sft_weight": -1.0}, "`sft_weight` must be at least 0, got -1.0"),
         ({"dpop_lambda": -1.0}, "`dpop_lambda` must be at least 0, got -1.0"),
         ({"max_skipped_steps": 0}, "`max_skipped_steps` must be at least 1, got 0"),
+        ({"timestep_weighting": "snr"}, "`timestep_weighting` must be one of constant, min_snr, snr_sqrt, got 'snr'"),
+        ({"caption_dropout": 1.0}, r"`caption_dropout` must be in \[0, 1\), got 1.0"),
         ({"num_reference_draws": 0}, "`num_reference_draws` must be at least 1, got 0"),
         ({"stop_on_displacement": True, "displacement_patience": 0}, "needs a `displacement_patience` above 0"),
         ({"displacement_patience": -1}, "`displacement_patience` must be at least 0, got -1"),

@@ -393,6 +393,37 @@ def test_anchors_add_what_they_say(tmp_path):
     torch.testing.assert_close(penalised, plain + 2.0 * 50.0 * (error - ref_error)[best].relu().mean())
 
 
+def test_timestep_weighting_scales_both_errors_alike(tmp_path):
+    plain = _with_learnt_adapter(make_trainer(tmp_path, beta=100.0))
+    weighted = _with_learnt_adapter(make_trainer(tmp_path, beta=100.0, timestep_weighting="min_snr"))
+    batch = first_batch(plain)
+    (error, ref_error, _), (scaled, ref_scaled, _) = (t._errors(t.model, batch, "train") for t in (plain, weighted))
+    mask = batch["mask"]
+    torch.testing.assert_close((scaled / error)[mask], (ref_scaled / ref_error)[mask])
+    for row, present in zip(scaled / error, mask, strict=True):
+        torch.testing.assert_close(row[present], row[present][:1].expand(int(present.sum())))
+    assert not torch.allclose(scaled, error)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_caption_dropout_asks_a_whole_row_without_its_caption(tmp_path, name):
+    trainer = make_trainer(tmp_path, PIPELINES[name](), caption_dropout=0.5)
+    batch = first_batch(trainer)
+    plain = make_trainer(tmp_path, PIPELINES[name]())
+    (_, _, conditioning), _ = trainer._noised(batch, visit=0)
+    (_, _, expected), _ = plain._noised(batch, visit=0)
+    pairs = zip(conditioning["prompt_embeds"], expected["prompt_embeds"], strict=True)
+    dropped = [not torch.equal(asked, full) for asked, full in pairs]
+    row_of_image = batch["mask"].nonzero()[:, 0].tolist()
+    per_row = [{d for d, r in zip(dropped, row_of_image, strict=True) if r == row} for row in range(6)]
+    assert sorted(map(len, per_row)) == [1] * 6, "all images of a row alike"
+    assert {True} in per_row and {False} in per_row
+    if name == "sdxl":  # its guidance zeroes the embeddings
+        assert conditioning["pooled_prompt_embeds"][dropped].abs().max() == 0
+    (_, _, in_evaluation), _ = trainer._noised(batch, visit=-1)
+    assert torch.equal(in_evaluation["prompt_embeds"], expected["prompt_embeds"])
+
+
 class _Poison(TrainerCallback):
     """Makes the gradient of some steps NaN, before the trainer's own callbacks see it."""
 

@@ -36,3 +36,11 @@ def draw_rows(seed: int, row_seeds: list[int], visit: int, latent_shape: tuple[i
         u.append(torch.rand((), generator=generator))
         noise.append(torch.randn(latent_shape, generator=generator))
     return torch.stack(u), torch.stack(noise)
+
+
+def draw_captions(seed: int, row_seeds: list[int], visit: int, probability: float) -> Tensor:
+    """Which of B rows lose their caption at their `visit`-th visit, (B,) bool; an evaluation drops none."""
+    if visit == EVALUATION:
+        return torch.zeros(len(row_seeds), dtype=torch.bool)
+    u = [stable_seed(seed, row_seed, visit, "caption") / 2**63 for row_seed in row_seeds]
+    return torch.tensor(u) < probability

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from trl_diffusion_rank.diffusion.timesteps import allowed_timesteps
+from trl_diffusion_rank.diffusion.weighting import TIMESTEP_WEIGHTINGS
 
 
 # Options of TrainingArguments that speak of tokens. Setting one is an error: ignored, it would mislead.
@@ -48,6 +49,13 @@ class DiffusionOptions:
         timesteps (`list[int]`, *optional*):
             The grid of `timestep_sampling="discrete"`, for models distilled to a few steps.
 
+        timestep_weighting (`str`, *optional*, defaults to `"constant"`):
+            How much the errors at a timestep count, the reference's alike: `min_snr`, `snr_sqrt` (debiased estimation)
+            or `constant`; with mean 1 over the schedule.
+        caption_dropout (`float`, *optional*, defaults to `0.0`):
+            Probability in [0, 1) that a row loses its caption at a visit, all its images alike, as for training
+            classifier-free guidance.
+
         > Parameters that control the data
 
         resolution (`int`, *optional*):
@@ -88,6 +96,18 @@ class DiffusionOptions:
         default=None, metadata={"help": "The grid of `timestep_sampling=discrete`, for few-step models."}
     )
 
+    timestep_weighting: str = field(
+        default="constant",
+        metadata={
+            "help": "How much a timestep's errors count, the reference's too; mean 1 over the schedule.",
+            "choices": ["constant", "min_snr", "snr_sqrt"],
+        },
+    )
+    caption_dropout: float = field(
+        default=0.0,
+        metadata={"help": "Probability in [0, 1) that a row loses its caption at a visit, all its images alike."},
+    )
+
     # Parameters that control the data
     resolution: int | None = field(
         default=None,
@@ -122,6 +142,13 @@ class DiffusionOptions:
             value = getattr(self, option)
             if value is not None and value < least:
                 raise ValueError(f"`{option}` must be at least {least}, got {value}.")
+        if self.timestep_weighting not in TIMESTEP_WEIGHTINGS:
+            raise ValueError(
+                f"`timestep_weighting` must be one of {', '.join(TIMESTEP_WEIGHTINGS)}, got "
+                f"{self.timestep_weighting!r}."
+            )
+        if not 0 <= self.caption_dropout < 1:
+            raise ValueError(f"`caption_dropout` must be in [0, 1), got {self.caption_dropout}.")
         if self.on_bad_row not in ("error", "skip"):
             raise ValueError(f"`on_bad_row` must be 'error' or 'skip', got {self.on_bad_row!r}.")
         # What can be said of the grid without the model; the trainer knows how long its schedule is

@@ -22,9 +22,10 @@ from trl_diffusion_rank.data.encoding import FORMAT_VERSION, encode_rows
 from trl_diffusion_rank.data.images import to_pixels
 from trl_diffusion_rank.data.ranked_rows import ROW_COLUMNS, check_rows, to_ranked
 from trl_diffusion_rank.diffusion.denoiser import DenoiserModel, denoising_error
-from trl_diffusion_rank.diffusion.draws import EVALUATION, draw_rows
+from trl_diffusion_rank.diffusion.draws import EVALUATION, draw_captions, draw_rows
 from trl_diffusion_rank.diffusion.families import recognise_family
 from trl_diffusion_rank.diffusion.loading import load_pipeline
+from trl_diffusion_rank.diffusion.weighting import timestep_weights
 from trl_diffusion_rank.objectives import monitors
 from trl_diffusion_rank.objectives.ranking import better_than
 from trl_diffusion_rank.objectives.safeguards import preservation_scales, scale_gradient
@@ -75,6 +76,10 @@ class DiffusionTrainerMixin:
                 f"`resolution={self.resolution}` must be a multiple of {self.family.resolution_multiple}, the scale "
                 "of the model's VAE times the side of the denoiser's patches."
             )
+
+        if args.caption_dropout:
+            with torch.no_grad():
+                self._unconditional = self.family.encode_unconditional()
 
         streaming = isinstance(train_dataset, IterableDataset)
         if streaming and args.cache_latents:
@@ -189,6 +194,11 @@ class DiffusionTrainerMixin:
         drawn = (self.timestep_sampling, self.timestep_grid, self.resolution)
         timesteps = self.family.sample_timesteps(u, *drawn)  # (B,)
         row_of_image = mask.nonzero()[:, 0]  # (M,)
+        if self.args.caption_dropout:
+            rows = draw_captions(self.args.seed, inputs["row_seeds"].tolist(), visit, self.args.caption_dropout)
+            dropped = rows.to(mask.device)[row_of_image]
+            for name, tensor in self._unconditional.items():
+                conditioning[name][dropped] = tensor.to(conditioning[name])
         timesteps = timesteps.to(mask.device)[row_of_image]
         noise = noise.to(mask.device)[row_of_image]
         noisy_latents = self.family.add_noise(latents, noise, timesteps)
@@ -204,7 +214,10 @@ class DiffusionTrainerMixin:
         """
         with self.accelerator.autocast():
             prediction = model(*asked)  # (M, C, h, w)
-        error = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, denoising_error(prediction, target))
+        error = denoising_error(prediction, target)
+        if self.args.timestep_weighting != "constant":
+            error = error * timestep_weights(self.family, self.args.timestep_weighting, asked[1])
+        error = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, error)
         residual = (prediction.detach().float() - target.float()).flatten(1)  # (M, D)
         empty = torch.zeros(*mask.shape, residual.size(1), device=mask.device)
         return error, empty.masked_scatter(mask.unsqueeze(2), residual)

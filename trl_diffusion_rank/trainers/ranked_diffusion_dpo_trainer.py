@@ -228,6 +228,7 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
             return dataset
         visits = [EVALUATION] if name != "train" else list(range(self.args.num_reference_draws))
         drawn = (self.args.seed, visits, self.timestep_sampling, self.timestep_grid, self.resolution)
+        drawn += (self.args.timestep_weighting, self.args.caption_dropout)
         made_of = (dataset._fingerprint, self._precompute_model_hash, drawn, self.accelerator.mixed_precision)
         fingerprint = [Hasher.hash(made_of)]
         broadcast_object_list(fingerprint, from_process=0)  # sharded weights have another hash on each process

@@ -63,6 +63,10 @@ class Family(ABC):
     ) -> Tensor:
         """Ask the denoiser: (M, C, h, w), (M,), {name: (M, ...)} -> (M, C, h, w)."""
 
+    def encode_unconditional(self) -> dict[str, Tensor]:
+        """What the denoiser is asked with where a caption is dropped, {name: (1, ...)}: as the pipeline's guidance."""
+        return self.encode_prompts([""])
+
     def image_conditioning(
         self, original_sizes: list[tuple[int, int]], crop_offsets: list[tuple[int, int]], resolution: int
     ) -> dict[str, Tensor]:
@@ -189,6 +193,24 @@ class Family(ABC):
         """Signal and noise levels (M, 1, 1, 1) at `timesteps` (M,): x_t = alpha x_0 + sigma noise."""
         alphas_cumprod = self.scheduler.alphas_cumprod.to(like.device)[timesteps].to(like.dtype).view(-1, 1, 1, 1)
         return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+
+    def schedule(self) -> Tensor:
+        """All timesteps that were trained, (T,)."""
+        return torch.arange(self.num_train_timesteps)
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """Signal-to-noise ratio alpha^2 / sigma^2 at `timesteps` (M,), float32."""
+        alpha, sigma = self._alpha_and_sigma(timesteps, torch.empty(0, device=timesteps.device))
+        return (alpha / sigma).square().flatten()
+
+    def clean_error_per_error(self, snr: Tensor) -> Tensor:
+        """
+        How many times the error of the clean estimate is the prediction's error, (M,): 1 / SNR for epsilon, sigma^2 =
+        1 / (1 + SNR) for velocity, 1 for the sample itself.
+        """
+        if self.scheduler.config.prediction_type == "sample":
+            return torch.ones_like(snr)
+        return 1 / (1 + snr) if self.scheduler.config.prediction_type == "v_prediction" else 1 / snr
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t (M, C, h, w) from x_0, noise and timesteps (M,)."""

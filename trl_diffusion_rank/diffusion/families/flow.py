@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
@@ -86,6 +87,14 @@ class FlowMatchingFamily(Family):
     def _alpha_and_sigma(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         sigma = (timesteps / self.num_train_timesteps).to(like.dtype).view(-1, 1, 1, 1)
         return 1 - sigma, sigma
+
+    def schedule(self) -> Tensor:
+        """Timesteps over the whole interval without its ends, where there is no signal or no noise, (1000,)."""
+        return (torch.arange(1000) + 0.5) * self.num_train_timesteps / 1000
+
+    def clean_error_per_error(self, snr: Tensor) -> Tensor:
+        """sigma^2 = 1 / (1 + sqrt(SNR))^2, as x_0 = x_t - sigma v with sigma = 1 - alpha. (M,)"""
+        return 1 / (1 + snr.sqrt()).square()
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         alpha, sigma = self._alpha_and_sigma(timesteps, latents)

@@ -34,6 +34,11 @@ class StableDiffusionXLFamily(Family):
         )
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
 
+    def encode_unconditional(self) -> dict[str, Tensor]:
+        if self._require_pipeline().config.force_zeros_for_empty_prompt:
+            return {name: torch.zeros_like(tensor) for name, tensor in self.encode_prompts([""]).items()}
+        return super().encode_unconditional()
+
     def image_conditioning(
         self, original_sizes: list[tuple[int, int]], crop_offsets: list[tuple[int, int]], resolution: int
     ) -> dict[str, Tensor]:
