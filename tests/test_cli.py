@@ -153,15 +153,16 @@ def test_a_signal_ends_the_stage_too(number, code):
         os.killpg(process.pid, 0)  # nobody is left in the group
 
 
-def test_help_of_the_real_training_stage():
+@pytest.mark.parametrize(("stage", "config"), [("dpo", "DPOConfig"), ("cpo", "CPOConfig")])
+def test_help_of_a_real_training_stage(stage, config):
     code = (
         "import sys\n"
         "from trl_diffusion_rank import cli\n"
-        "assert cli.main(['dpo', '--help']) == 0\n"
+        f"assert cli.main(['{stage}', '--help']) == 0\n"
         "heavy = {'torch', 'transformers', 'diffusers', 'datasets', 'trl'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "--beta" in done.stdout
-    assert "DPOConfig" in done.stdout
+    assert config in done.stdout

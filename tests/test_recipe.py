@@ -12,6 +12,8 @@ from trl_diffusion_rank.recipe import (
     load_recipe,
     parse_stage,
     stage_actions,
+    stage_inputs,
+    stage_module,
     stage_options,
     stage_parser,
 )
@@ -147,6 +149,22 @@ class TestParseStage:
 
     def test_an_input_stays_unset_when_the_recipe_lacks_the_stage(self):
         assert parse_stage("count", ["--recipe", write("count: {}")])[0].dataset_name is None
+
+    def test_an_input_that_several_stages_can_fill(self, monkeypatch):
+        monkeypatch.setattr(stage_module("report"), "INPUTS", {"counts": ("grow", "count")})
+        for sections, stage in (("grow: {}", "grow"), ("count: {}", "count")):
+            args = parse_stage("report", ["--recipe", write(f"{sections}\nreport: {{}}")])[0]
+            assert args.counts == f"runs/r/{stage}"
+        both = write("grow: {}\ncount: {}\nreport: {counts: runs/r/grow}")
+        assert parse_stage("report", ["--recipe", both])[0].counts == "runs/r/grow"
+        recipe = load_recipe(write("grow: {}\ncount: {}\nreport: {}"))
+        message = (
+            "`grow` and `count`, and either could fill `counts` of the stage `report`: set `counts` in its section"
+        )
+        with pytest.raises(RecipeError, match=message):
+            stage_inputs(recipe, "report", [])
+        with pytest.raises(RecipeError, match="reads what `count` writes, but stands before it"):
+            load_recipe(write("report: {}\ncount: {}"))
 
     def test_without_a_recipe(self):
         args = parse_stage("count", ["--output_dir", "out", "--step", "2"])[0]

@@ -19,6 +19,7 @@ SMALL = [
     *("--dpo.max_steps", "2", "--dpo.per_device_train_batch_size", "4", "--dpo.save_steps", "1"),
     *("--dpo.logging_steps", "1", "--evaluate.num_inference_steps", "2"),
 ]
+SMALL_CPO = [option.replace("--dpo.", "--cpo.") for option in SMALL]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -27,7 +28,8 @@ def test_recipe_is_complete_and_every_value_is_accepted(path, tmp_path):
     check_shared(recipe, lambda stage, name: name in stage_actions(stage_parser(stage)))
     for stage in recipe.sections:
         check_stage(stage, recipe, tmp_path)
-    assert list(recipe.sections) == ["prompts", "generate", "score", "dpo", "evaluate"]
+    training = "cpo" if "_cpo_" in path.stem else "dpo"
+    assert list(recipe.sections) == ["prompts", "generate", "score", training, "evaluate"]
 
 
 def test_small_digits_run_from_prompts_to_report(tmp_path, capfd):
@@ -48,6 +50,17 @@ def test_small_digits_run_from_prompts_to_report(tmp_path, capfd):
 
 
 @pytest.mark.slow
+def test_small_digits_run_without_a_reference(tmp_path):
+    """`evaluate` takes what `cpo` wrote, also when the errors are normalized."""
+    run = ["run", "--recipe", str(RECIPES / "digits_cpo_rank4.yaml"), "--output_dir", str(tmp_path / "run")]
+    assert main([*run, *SMALL_CPO]) == 0
+    record = json.loads((tmp_path / "run/evaluate/stage.json").read_text())
+    assert record["inputs"]["adapter"]["stage"] == "cpo"
+    assert main([*run, *SMALL_CPO, "--cpo.normalize_error", "true"]) == 0
+    assert (tmp_path / "run/cpo/checkpoint-2/error_scale.pt").is_file()
+
+
+@pytest.mark.slow
 def test_digits_recipe_makes_the_model_better(tmp_path):
     """The README's first command. Thresholds leave room for another machine's rounding, not for another method."""
     assert main(["run", "--recipe", DIGITS, "--output_dir", str(tmp_path / "run")]) == 0
@@ -60,4 +73,18 @@ def test_digits_recipe_makes_the_model_better(tmp_path):
             assert result["difference_interval"][0] > 0.25 and result["win_rate_interval"][0] > 0.6
         frechet = results[steps, "frechet"]
         assert frechet["difference_interval"][1] < 0 and frechet["tuned"] < 0.4 * frechet["base"]
+        assert results[steps, "digit"]["tuned"] > 0.9
+
+
+@pytest.mark.slow
+def test_digits_cpo_recipe_makes_the_model_better(tmp_path):
+    """Without a reference; the diversity that it costs is in recipes/README.md."""
+    recipe = str(RECIPES / "digits_cpo_rank4.yaml")
+    assert main(["run", "--recipe", recipe, "--output_dir", str(tmp_path / "run")]) == 0
+    metrics = json.loads((tmp_path / "run/evaluate/metrics.json").read_text())
+    results = {(result["num_inference_steps"], result["metric"]): result for result in metrics["results"]}
+    for steps in (4, 20):
+        good = results[steps, "good"]
+        assert good["base"] < 0.55 and good["tuned"] > 0.75 and good["difference_interval"][0] > 0.2
+        assert results[steps, "frechet"]["difference_interval"][1] < 0
         assert results[steps, "digit"]["tuned"] > 0.9

@@ -9,11 +9,15 @@ if TYPE_CHECKING:
     from trl_diffusion_rank.diffusion.families import recognise_family
     from trl_diffusion_rank.diffusion.loading import load_pipeline
     from trl_diffusion_rank.digits import digits_model_path
+    from trl_diffusion_rank.trainers.diffusion_cpo_config import DiffusionCPOConfig
+    from trl_diffusion_rank.trainers.diffusion_cpo_trainer import DiffusionCPOTrainer
     from trl_diffusion_rank.trainers.ranked_diffusion_dpo_config import RankedDiffusionDPOConfig
     from trl_diffusion_rank.trainers.ranked_diffusion_dpo_trainer import RankedDiffusionDPOTrainer
 
 # Imported when first asked for: the command line's --help must not wait for torch
 _EXPORTS = {
+    "DiffusionCPOConfig": "trl_diffusion_rank.trainers.diffusion_cpo_config",
+    "DiffusionCPOTrainer": "trl_diffusion_rank.trainers.diffusion_cpo_trainer",
     "RankedDiffusionDPOConfig": "trl_diffusion_rank.trainers.ranked_diffusion_dpo_config",
     "RankedDiffusionDPOTrainer": "trl_diffusion_rank.trainers.ranked_diffusion_dpo_trainer",
     "digits_model_path": "trl_diffusion_rank.digits",
@@ -21,6 +25,8 @@ _EXPORTS = {
     "recognise_family": "trl_diffusion_rank.diffusion.families",
 }
 __all__ = [
+    "DiffusionCPOConfig",
+    "DiffusionCPOTrainer",
     "RankedDiffusionDPOConfig",
     "RankedDiffusionDPOTrainer",
     "digits_model_path",

@@ -35,6 +35,7 @@ STAGES: dict[str, str] = {
     "generate": "trl_diffusion_rank.stages.generate",
     "score": "trl_diffusion_rank.stages.score",
     "dpo": "trl_diffusion_rank.stages.dpo",
+    "cpo": "trl_diffusion_rank.stages.cpo",
     "evaluate": "trl_diffusion_rank.stages.evaluate",
 }
 
@@ -126,12 +127,13 @@ def load_recipe(path: str | Path) -> Recipe:
 def _check_order(recipe: Recipe) -> None:
     order = list(recipe.sections)
     for stage in order:
-        for upstream in stage_module(stage).INPUTS.values():
-            if upstream in order and order.index(upstream) > order.index(stage):
-                raise RecipeError(
-                    f"in {recipe.path} the stage `{stage}` reads what `{upstream}` writes, but stands before it: "
-                    f"move the section `{upstream}` above `{stage}`"
-                )
+        for upstreams in stage_inputs_of(stage).values():
+            for upstream in upstreams:
+                if upstream in order and order.index(upstream) > order.index(stage):
+                    raise RecipeError(
+                        f"in {recipe.path} the stage `{stage}` reads what `{upstream}` writes, but stands before it: "
+                        f"move the section `{upstream}` above `{stage}`"
+                    )
 
 
 def dump_recipe(recipe: Recipe, path: Path) -> None:
@@ -145,6 +147,12 @@ def dump_recipe(recipe: Recipe, path: Path) -> None:
 
 def stage_module(stage: str) -> types.ModuleType:
     return importlib.import_module(STAGES[stage])
+
+
+def stage_inputs_of(stage: str) -> dict[str, tuple[str, ...]]:
+    """Option -> the stages whose output can fill it: those that do the same work, of which a recipe has one."""
+    inputs = stage_module(stage).INPUTS
+    return {name: (up,) if isinstance(up, str) else up for name, up in inputs.items()}
 
 
 def is_heavy(stage: str) -> bool:
@@ -290,8 +298,19 @@ def _type_name(hint: Any) -> str:
 
 def stage_inputs(recipe: Recipe, stage: str, given: Iterable[str]) -> dict[str, str]:
     """Unset option -> the stage of this recipe whose output fills it."""
-    inputs = stage_module(stage).INPUTS
-    return {name: up for name, up in inputs.items() if name not in given and up in recipe.sections}
+    inputs = {}
+    for name, upstreams in stage_inputs_of(stage).items():
+        present = [upstream for upstream in upstreams if upstream in recipe.sections]
+        if name in given or not present:
+            continue
+        if len(present) > 1:
+            raise RecipeError(
+                f"{recipe.path} has the stages {' and '.join(f'`{up}`' for up in present)}, and either could fill "
+                f"`{name}` of the stage `{stage}`: set `{name}` in its section to the output folder of one of them, "
+                f"<run folder>/{present[-1]} say"
+            )
+        inputs[name] = present[0]
+    return inputs
 
 
 def set_defaults(parser: "TrlParser", stage: str, recipe: Recipe, run_dir: Path, flags: Iterable[str] = ()) -> None:

@@ -9,16 +9,25 @@ from pathlib import Path
 import pytest
 from tiny import ranked_dataset, tiny_sdxl_pipeline
 
-from trl_diffusion_rank import RankedDiffusionDPOConfig, RankedDiffusionDPOTrainer
+from trl_diffusion_rank import (
+    DiffusionCPOConfig,
+    DiffusionCPOTrainer,
+    RankedDiffusionDPOConfig,
+    RankedDiffusionDPOTrainer,
+)
 
 
-def train(folder: str, batch_size: int) -> None:
+def train(folder: str, batch_size: int, method: str) -> None:
     """Four steps of four rows, whatever the number of processes; the losses are written to `folder`."""
     from peft import LoraConfig
 
-    trainer = RankedDiffusionDPOTrainer(
+    trainer_class, config_class, options = {
+        "dpo": (RankedDiffusionDPOTrainer, RankedDiffusionDPOConfig, {}),
+        "cpo": (DiffusionCPOTrainer, DiffusionCPOConfig, {"normalize_error": True}),
+    }[method]
+    trainer = trainer_class(
         model=tiny_sdxl_pipeline(),
-        args=RankedDiffusionDPOConfig(
+        args=config_class(
             folder,
             per_device_train_batch_size=batch_size,
             max_steps=4,
@@ -30,6 +39,7 @@ def train(folder: str, batch_size: int) -> None:
             activation_checkpointing=False,
             report_to="none",
             save_strategy="no",
+            **options,
         ),
         train_dataset=ranked_dataset((4, 3, 2, 4, 3, 2, 4, 4)),
         peft_config=LoraConfig(r=4, target_modules=["to_q", "to_v", "conv1"]),
@@ -41,7 +51,8 @@ def train(folder: str, batch_size: int) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_losses_of_one(tmp_path):
+@pytest.mark.parametrize("method", ["dpo", "cpo"])
+def test_two_processes_give_the_losses_of_one(tmp_path, method):
     histories = {}
     for processes in (1, 2):
         folder = tmp_path / str(processes)
@@ -50,7 +61,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
         command += ["--num_processes", str(processes), "--num_cpu_threads_per_process", "1", "--mixed_precision", "no"]
         command += ["--dynamo_backend", "no", *(["--multi_gpu"] if processes > 1 else []), __file__]
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-        subprocess.run([*command, str(folder), str(4 // processes)], check=True, env=environment)
+        subprocess.run([*command, str(folder), str(4 // processes), method], check=True, env=environment)
         seen, histories[processes] = json.loads((folder / "history.json").read_text())
         assert seen == processes
     assert len(histories[1]) == 4
@@ -60,4 +71,4 @@ def test_two_processes_give_the_losses_of_one(tmp_path):
 
 
 if __name__ == "__main__":
-    train(sys.argv[1], int(sys.argv[2]))
+    train(sys.argv[1], int(sys.argv[2]), sys.argv[3])

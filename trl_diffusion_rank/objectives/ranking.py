@@ -49,7 +49,7 @@ def mean_over(values: Tensor, where: Tensor) -> Tensor:
     return values.sum(1) / where.sum(1).clamp(min=1)
 
 
-def _logistic(margins: Tensor, label_smoothing: float) -> Tensor:
+def logistic(margins: Tensor, label_smoothing: float) -> Tensor:
     """-log sigmoid(m), with a probability `label_smoothing` that the preference is the other way round."""
     return (1 - label_smoothing) * F.softplus(-margins) + label_smoothing * F.softplus(margins)
 
@@ -90,21 +90,21 @@ def top1(rewards: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
 
 def pairwise(rewards: Tensor, ranks: Tensor, mask: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Bradley-Terry on every strictly ordered pair: mean of softplus(r_worse - r_better)."""
-    return mean_over(_logistic(margins_of_pairs(rewards), label_smoothing), better_than(ranks, mask))
+    return mean_over(logistic(margins_of_pairs(rewards), label_smoothing), better_than(ranks, mask))
 
 
 def best_vs_worst(rewards: Tensor, ranks: Tensor, mask: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """softplus(r_worst - r_best): a list cut down to one pair, today's practice and the baseline."""
     best, worst = extremes(ranks, mask)
     pairs = best.unsqueeze(2) & worst.unsqueeze(1) & better_than(ranks, mask)
-    return mean_over(_logistic(margins_of_pairs(rewards), label_smoothing), pairs)
+    return mean_over(logistic(margins_of_pairs(rewards), label_smoothing), pairs)
 
 
 def best_vs_rest(rewards: Tensor, ranks: Tensor, mask: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Mean over the others of softplus(r_k - r_best) (https://huggingface.co/papers/2406.17636)."""
     best, _ = extremes(ranks, mask)
     pairs = best.unsqueeze(2) & better_than(ranks, mask)
-    return mean_over(_logistic(margins_of_pairs(rewards), label_smoothing), pairs)
+    return mean_over(logistic(margins_of_pairs(rewards), label_smoothing), pairs)
 
 
 def lambda_weights(psi: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:
@@ -133,7 +133,7 @@ def lambda_rank(
     psi = win_rates(ranks, mask) if psi is None else psi
     weights = lambda_weights(psi.to(rewards.dtype), ranks, mask).masked_fill(~pairs, 0.0)
     mean_weight = mean_over(weights, pairs).clamp(min=torch.finfo(weights.dtype).tiny)
-    return mean_over(weights * _logistic(margins_of_pairs(rewards), label_smoothing), pairs) / mean_weight
+    return mean_over(weights * logistic(margins_of_pairs(rewards), label_smoothing), pairs) / mean_weight
 
 
 def ipo(rewards: Tensor, ranks: Tensor, mask: Tensor) -> Tensor:

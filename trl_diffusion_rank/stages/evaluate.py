@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 HELP = "compare base and tuned model on the test prompts"
-INPUTS = {"adapter": "dpo", "dataset_name": "prompts"}
+INPUTS = {"adapter": ("dpo", "cpo"), "dataset_name": "prompts"}
 
 # Columns of the picture: what fits a page.
 GRID_COLUMNS = 10
@@ -54,7 +54,7 @@ class EvaluateArguments:
             Hub id or folder of the base model, or `digits` for the one in this package.
         adapter (`str`, *optional*):
             The tuned weights: LoRA folder or Hub id, or a folder with full weights in `unet/` or `transformer/`; in a
-            run the output of the stage `dpo`.
+            run the output of the training stage, `dpo` or `cpo`.
         dataset_name (`str`, *optional*):
             Dataset with a column `prompt`; in a run the prompts of the stage `prompts`.
         dataset_split (`str`, *optional*, defaults to `"test"`):
@@ -85,7 +85,8 @@ class EvaluateArguments:
         default=None, metadata={"help": "Hub id or folder of the base model, or `digits` for the one in this package."}
     )
     adapter: str | None = field(
-        default=None, metadata={"help": "LoRA or full weights of the tuned model; in a run the output of `dpo`."}
+        default=None,
+        metadata={"help": "LoRA or full weights of the tuned model; in a run the output of `dpo` or `cpo`."},
     )
     dataset_name: str | None = field(
         default=None, metadata={"help": "Dataset with a column `prompt`; in a run the output of `prompts`."}

@@ -1,3 +1,4 @@
+import warnings
 from importlib.metadata import version
 
 from packaging.specifiers import SpecifierSet
@@ -16,3 +17,8 @@ def check_trl_version(installed: str) -> None:
 
 
 check_trl_version(version("trl"))
+
+with warnings.catch_warnings():
+    # TRL's CPO greets with a notice that its interface may change in any release: that is why the release is checked
+    warnings.simplefilter("ignore")
+    import trl.experimental  # noqa: F401

@@ -1,0 +1,42 @@
+"""
+Train a text-to-image model on ranked images with contrastive preference optimization: no reference model.
+
+    trl-diffusion-rank cpo --recipe recipes/sdxl_cpo_rank4.yaml
+    trl-diffusion-rank cpo --output_dir sdxl-ranked --dataset_name my/ranked-images --use_peft --lora_r 16 \
+        --model_name_or_path stabilityai/stable-diffusion-xl-base-1.0
+"""
+
+HELP = "Train a LoRA or all weights with CPO on ranked images, without a reference model"
+INPUTS = {"dataset_name": "score"}
+# What `--help` reads without importing torch
+CONFIG_FILES = (
+    "trl_diffusion_rank.trainers.diffusion_cpo_config",
+    "trl_diffusion_rank.trainers.diffusion_options",
+)
+
+
+def argument_classes() -> tuple[type, ...]:
+    from trl import ModelConfig, ScriptArguments
+
+    from trl_diffusion_rank.trainers.diffusion_cpo_config import DiffusionCPOConfig
+
+    return ScriptArguments, DiffusionCPOConfig, ModelConfig
+
+
+def check(options) -> None:
+    """Refuse what the config would refuse, before earlier stages have run for hours."""
+    _, config_class, _ = argument_classes()
+    config_class.check_options(options)
+
+
+def main(script_args, training_args, model_args) -> None:
+    from trl_diffusion_rank.stages._common import train
+    from trl_diffusion_rank.trainers.diffusion_cpo_trainer import DiffusionCPOTrainer
+
+    train("cpo", DiffusionCPOTrainer, script_args, training_args, model_args)
+
+
+if __name__ == "__main__":
+    from trl_diffusion_rank.recipe import run_stage
+
+    run_stage("cpo")
