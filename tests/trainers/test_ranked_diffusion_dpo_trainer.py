@@ -336,7 +336,8 @@ def test_displacement_is_warned_of_once(tmp_path, caplog):
     trainer = make_trainer(tmp_path, displacement_patience=3)
     with caplog.at_level(logging.WARNING):
         for step in range(6):
-            trainer.log({"error/chosen_delta": 0.01 * (step + 1), "error/rejected_delta": 0.03 * (step + 1)})
+            rise = 0.3 * (step + 1)
+            trainer.log({"error/chosen": 0.1 + rise, "error/chosen_delta": rise, "error/rejected_delta": 3 * rise})
     warnings = [record.message for record in caplog.records if "Displacement at step" in record.message]
     assert len(warnings) == 1
     assert "lower `learning_rate` (now 0.01), raise `beta` (now 5000)" in warnings[0]
@@ -455,7 +456,7 @@ def test_too_many_skipped_steps_in_a_row_stop(tmp_path):
 
 
 def test_stop_on_displacement_gives_back_the_best_weights(tmp_path, monkeypatch, caplog):
-    deltas = iter([-0.1, -0.3, 0.1, 0.2, 0.3, 0.4, 0.5])
+    deltas = iter([-0.01, 0.04, 0.06, 0.07, 0.08, 0.09, 0.1])  # of a reference error of 0.1
     trainer = make_trainer(tmp_path, max_steps=7, stop_on_displacement=True, displacement_patience=3)
     poison = _Poison(set())
     trainer.add_callback(poison)
@@ -464,14 +465,15 @@ def test_stop_on_displacement_gives_back_the_best_weights(tmp_path, monkeypatch,
     def pretend(mode, *args):
         store(mode, *args)
         delta = next(deltas)
+        trainer._metrics[mode]["error/chosen"] = [0.1 + delta]
         trainer._metrics[mode]["error/chosen_delta"] = [delta]
         trainer._metrics[mode]["error/rejected_delta"] = [2 * delta]
 
     monkeypatch.setattr(trainer, "_store_metrics", pretend)
     with caplog.at_level(logging.WARNING):
         trainer.train()
-    assert trainer.state.global_step == 5
-    assert "Displacement at step 5" in caplog.text and "with the weights of step 2" in caplog.text
+    assert trainer.state.global_step == 4  # (.4 + .6 + .7) / 3 is the first window above a half
+    assert "Displacement at step 4" in caplog.text and "with the weights of step 2" in caplog.text
     trained = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
     for parameter, expected in zip(trained, poison.weights[2], strict=True):
         assert torch.equal(parameter, expected)

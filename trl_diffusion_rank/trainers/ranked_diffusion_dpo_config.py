@@ -60,11 +60,11 @@ class RankedDiffusionDPOConfig(DiffusionOptions, DPOConfig):
             Number K of distinct draws of timestep and noise that a row meets: at its visit v the draw v modulo K.
             Defaults to 8 with `precompute_ref_log_probs`, else to a new draw at each visit.
         displacement_patience (`int`, *optional*, defaults to `10`):
-            Number of logs over which the errors of best and worst images must both rise above the reference before a
-            warning says that the model is degrading. `0` never warns.
+            Number of logs over which the errors of best and worst images must both rise, the best ones' being more
+            than half above the reference's, before a warning says that the model is degrading. `0` never warns.
         stop_on_displacement (`bool`, *optional*, defaults to `False`):
-            Stop then, with the weights of the log at which the best images' error was lowest. Keeps a copy of the
-            trained weights in CPU memory.
+            Stop then, with the weights of the last log before the best images' error was half above the reference's.
+            Keeps a copy of the trained weights in CPU memory.
 
     The options about noise and data are those of [`~trl_diffusion_rank.trainers.diffusion_options.DiffusionOptions`].
 
@@ -122,16 +122,16 @@ class RankedDiffusionDPOConfig(DiffusionOptions, DPOConfig):
     displacement_patience: int = field(
         default=10,
         metadata={
-            "help": "Logs over which the errors of best and worst images must both rise above the reference before a "
-            "warning. 0 never warns."
+            "help": "Logs over which the errors of best and worst images must both rise, the best ones' being more "
+            "than half above the reference's, before a warning. 0 never warns."
         },
     )
 
     stop_on_displacement: bool = field(
         default=False,
         metadata={
-            "help": "Stop at displacement, with the weights of the log at which the best images' error was lowest. "
-            "Keeps a copy of the trained weights in CPU memory."
+            "help": "Stop at displacement, with the weights of the last log before the best images' error was half "
+            "above the reference's. Keeps a copy of the trained weights in CPU memory."
         },
     )
 

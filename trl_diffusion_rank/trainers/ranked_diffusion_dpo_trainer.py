@@ -24,7 +24,7 @@ from trl_diffusion_rank.diffusion.draws import EVALUATION
 from trl_diffusion_rank.objectives.ranking import ranking_loss
 from trl_diffusion_rank.objectives.safeguards import anchor, dpop
 from trl_diffusion_rank.trainers.diffusion_trainer import DiffusionTrainerMixin, refuse
-from trl_diffusion_rank.trainers.displacement import DisplacementMonitor
+from trl_diffusion_rank.trainers.displacement import TOLERANCE, DisplacementMonitor
 from trl_diffusion_rank.trainers.ranked_diffusion_dpo_config import RankedDiffusionDPOConfig
 
 
@@ -133,7 +133,7 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
 
         self._displacement = DisplacementMonitor(args.displacement_patience)
         self._displaced_at: int | None = None
-        self._lowest_delta = float("inf")
+        self._good_weights: list[Tensor] | None = None
 
         # TRL warns that `model_init_kwargs` is ignored with a loaded model; it wasn't
         model_init_kwargs, args.model_init_kwargs = args.model_init_kwargs, None
@@ -290,27 +290,27 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
         super().log(logs, start_time)
         if "error/chosen_delta" not in logs:
             return
-        if self.args.stop_on_displacement and logs["error/chosen_delta"] <= self._lowest_delta:
-            self._lowest_delta = logs["error/chosen_delta"]
-            self._best_step = self.state.global_step
-            self._best_weights = [p.detach().to("cpu", copy=True) for p in self.model.parameters() if p.requires_grad]
-        displaced = self._displacement.update(logs["error/chosen_delta"], logs["error/rejected_delta"])
+        chosen_rise = logs["error/chosen_delta"] / (logs["error/chosen"] - logs["error/chosen_delta"])
+        if self.args.stop_on_displacement and (chosen_rise <= TOLERANCE or self._good_weights is None):
+            self._good_step = self.state.global_step
+            self._good_weights = [p.detach().to("cpu", copy=True) for p in self.model.parameters() if p.requires_grad]
+        displaced = self._displacement.update(chosen_rise, logs["error/rejected_delta"])
         if not displaced or self._displaced_at is not None:
             return
         self._displaced_at = self.state.global_step
         message = (
             f"Displacement at step {self.state.global_step}: over the last {self._displacement.patience} logs the "
-            "denoising errors of the best and of the worst images both rose above the reference's. The loss may still "
-            "fall, but samples are getting worse."
+            "denoising errors of the best and of the worst images both rose, the best ones' to "
+            f"{1 + chosen_rise:.1f} times the reference's. The loss may still fall, but samples are getting worse."
         )
         if self.args.stop_on_displacement:
             trained = (p for p in self.model.parameters() if p.requires_grad)
-            for parameter, best in zip(trained, self._best_weights, strict=True):
-                parameter.data.copy_(best)
+            for parameter, good in zip(trained, self._good_weights, strict=True):
+                parameter.data.copy_(good)
             self.control.should_training_stop = True
             logger.warning(
-                f"{message} Training stops, with the weights of step {self._best_step}, where the best images' error "
-                "was lowest (`stop_on_displacement`)."
+                f"{message} Training stops, with the weights of step {self._good_step}, the last log at which the "
+                f"best images' error was less than {1 + TOLERANCE:g} times the reference's (`stop_on_displacement`)."
             )
         else:
             logger.warning(
