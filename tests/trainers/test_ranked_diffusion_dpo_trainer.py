@@ -517,6 +517,17 @@ def test_precomputed_reference_is_not_asked_again_by_a_sweep(tmp_path, monkeypat
             make_trainer(tmp_path, **(options | other))
 
 
+def test_draws_default_to_the_visits_of_the_run(tmp_path):
+    data = ranked_dataset((2, 3, 2, 2), seed=22)
+    for options, draws in (
+        ({"max_steps": 5}, 3),
+        ({"max_steps": 50}, 8),
+        ({"max_steps": -1, "num_train_epochs": 2}, 2),
+    ):
+        trainer = make_trainer(tmp_path, data=data, precompute_ref_log_probs=True, **options)
+        assert np.shape(trainer.train_dataset[0]["ref_errors"]) == (2, draws)
+
+
 def test_reference_cannot_be_asked_in_advance_of_a_stream(tmp_path):
     for options in ({"data": ranked_dataset().to_iterable_dataset()}, {"cache_latents": False}):
         with pytest.raises(

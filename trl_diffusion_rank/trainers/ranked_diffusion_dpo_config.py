@@ -58,7 +58,7 @@ class RankedDiffusionDPOConfig(DiffusionOptions, DPOConfig):
             losses and betas asks it once.
         num_reference_draws (`int`, *optional*):
             Number K of distinct draws of timestep and noise that a row meets: at its visit v the draw v modulo K.
-            Defaults to 8 with `precompute_ref_log_probs`, else to a new draw at each visit.
+            Defaults to a new draw at each visit, with `precompute_ref_log_probs` to no more than 8.
         displacement_patience (`int`, *optional*, defaults to `10`):
             Number of logs over which the errors of best and worst images must both rise, the best ones' being more
             than half above the reference's, before a warning says that the model is degrading. `0` never warns.
@@ -116,7 +116,7 @@ class RankedDiffusionDPOConfig(DiffusionOptions, DPOConfig):
         default=None,
         metadata={
             "help": "Distinct draws of timestep and noise that a row meets, in turn; their reference errors are what "
-            "`precompute_ref_log_probs` computes. Defaults to 8 then, else to a new draw at each visit."
+            "`precompute_ref_log_probs` computes. Defaults to a new draw at each visit, then to no more than 8."
         },
     )
     displacement_patience: int = field(

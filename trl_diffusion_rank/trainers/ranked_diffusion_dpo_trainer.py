@@ -1,6 +1,7 @@
 import contextlib
 import copy
 import logging
+import math
 import os
 import textwrap
 from typing import Any
@@ -29,6 +30,9 @@ from trl_diffusion_rank.trainers.ranked_diffusion_dpo_config import RankedDiffus
 
 
 logger = logging.getLogger(__name__)
+
+# More distinct draws cost more passes in advance; on the embedded world one was as good (benchmarks/reference.py)
+MAX_DEFAULT_DRAWS = 8
 
 
 class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
@@ -124,8 +128,6 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
             ref_model = DenoiserModel(copy.deepcopy(model.denoiser), self.family)
         if ref_model is not None:
             ref_model.requires_grad_(False)
-        if args.precompute_ref_log_probs and args.num_reference_draws is None:
-            args.num_reference_draws = 8
         if args.beta is None:
             family_beta = "default_beta_linear" if args.loss_type == ["linear"] else "default_beta"
             args.beta = getattr(self.family, family_beta)
@@ -226,6 +228,8 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
             )
         if "ref_errors" in dataset.column_names:
             return dataset
+        if self.args.num_reference_draws is None:
+            self.args.num_reference_draws = min(MAX_DEFAULT_DRAWS, self._number_of_visits(len(dataset)))
         visits = [EVALUATION] if name != "train" else list(range(self.args.num_reference_draws))
         drawn = (self.args.seed, visits, self.timestep_sampling, self.timestep_grid, self.resolution)
         drawn += (self.args.timestep_weighting, self.args.caption_dropout)
@@ -252,6 +256,13 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
             f"{'found in the cache' if known else 'computed and cached'}."
         )
         return concatenate_datasets([dataset, Dataset.from_file(cache_file)], axis=1)
+
+    def _number_of_visits(self, num_rows: int) -> int:
+        """How often the run meets each of its `num_rows` rows, rounded up."""
+        if self.args.max_steps <= 0:
+            return max(1, math.ceil(self.args.num_train_epochs))
+        rows_a_step = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return max(1, math.ceil(self.args.max_steps * rows_a_step / num_rows))
 
     def _all_reference_errors(
         self, dataset: Dataset, name: str, visits: list[int], batch_size: int
