@@ -43,6 +43,7 @@ def test_language_model_options_raise_when_set(tmp_path, option, value):
         ({"label_smoothing": 0.1}, r"not on `loss_type=\['plackett_luce'\]`"),
         ({"linear_eta": 0.6}, r"`linear_eta` must be in \[0, 0.5\], got 0.6"),
         ({"preserve_mu": 1.5}, r"`preserve_mu` must be in \[0, 1\], got 1.5"),
+        ({"ema_decay": 1.0}, r"`ema_decay` must be in \(0, 1\), got 1.0"),
         ({"sft_weight": -1.0}, "`sft_weight` must be at least 0, got -1.0"),
         ({"dpop_lambda": -1.0}, "`dpop_lambda` must be at least 0, got -1.0"),
         ({"max_skipped_steps": 0}, "`max_skipped_steps` must be at least 1, got 0"),

@@ -268,6 +268,36 @@ def test_same_seed_same_weights_and_another_seed_others(tmp_path):
 
 
 @pytest.mark.parametrize("peft_config", ["lora", None])
+def test_moving_average_is_what_is_saved_and_survives_an_interruption(tmp_path, peft_config):
+    options = {"peft_config": peft_config, "max_steps": 6, "learning_rate": 1e-3, "ema_decay": 0.5}
+    whole = make_trainer(tmp_path / "whole", **options)
+    whole.train()
+    before = [parameter.detach().clone() for parameter in whole.model.parameters()]
+    whole.save_model()
+    assert all(torch.equal(a, b) for a, b in zip(before, whole.model.parameters(), strict=True))
+    cut = make_trainer(tmp_path / "cut", **options, save_strategy="steps", save_steps=4, callbacks=[_StopAfter(4)])
+    cut.train()
+    resumed = make_trainer(tmp_path / "cut", **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut" / "checkpoint-4"))
+    resumed.save_model()
+    for a, b in zip(resumed._average.weights, whole._average.weights, strict=True):
+        assert torch.equal(a, b)
+
+    def load(folder):
+        pipeline = tiny_sdxl_pipeline()
+        if peft_config:
+            pipeline.load_lora_weights(str(folder))
+        else:
+            pipeline.unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        return images(pipeline)
+
+    np.testing.assert_array_equal(load(tmp_path / "whole"), load(tmp_path / "cut"))
+    in_memory = tiny_sdxl_pipeline()
+    in_memory.unet = (whole.model.get_base_model() if peft_config else whole.model).denoiser.eval()
+    assert np.abs(load(tmp_path / "whole") - images(in_memory)).max() > 1e-4, "the last weights are others"
+
+
+@pytest.mark.parametrize("peft_config", ["lora", None])
 def test_interrupted_training_resumes_to_the_same_weights(tmp_path, peft_config):
     """Six steps of two rows over six rows are two epochs: the second epoch's draws differ from the first's."""
     options = {"peft_config": peft_config, "max_steps": 6, "learning_rate": 1e-3, "lr_scheduler_type": "cosine"}

@@ -1,4 +1,8 @@
-"""What the trainers watch between the backward pass and the optimizer's step."""
+"""What the trainers do around the optimizer's step."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -43,3 +47,82 @@ class SkipNonFiniteSteps(TrainerCallback):
                 "`learning_rate`, train with `bf16` instead of `fp16`, or look at the data; checkpoints are kept."
             )
         model.zero_grad(set_to_none=True)  # the optimizer leaves parameters without a gradient alone
+
+
+class MovingAverage(TrainerCallback):
+    """
+    Exponential moving average of the trained weights: after each step `average += (1 - decay) * (weights - average)`.
+
+    The average is what the trainers write for diffusers; training, evaluation and resuming go on with the weights
+    themselves. At step t the decay is no more than (1 + t) / (10 + t), so that the first steps are forgotten, as in
+    diffusers' `EMAModel`.
+
+    Args:
+        decay (`float`): in (0, 1).
+    """
+
+    FILE = "moving_average.pt"
+
+    def __init__(self, decay: float):
+        self.decay = decay
+        self.weights: list[torch.Tensor] | None = None
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs,
+    ) -> None:
+        if self.weights is None:  # a resumed run has them already
+            self.weights = [parameter.detach().clone() for parameter in _trained(model)]
+
+    @torch.no_grad()
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs,
+    ) -> None:
+        decay = min(self.decay, (1 + state.global_step) / (10 + state.global_step))
+        torch._foreach_lerp_(self.weights, _trained(model), 1 - decay)
+
+    @contextmanager
+    def applied(self, model: nn.Module) -> Iterator[None]:
+        """The average in the model's place; before the first step the model as it is."""
+        if self.weights is None:
+            yield
+            return
+        trained = _trained(model)
+        own = [parameter.detach().clone() for parameter in trained]
+        _copy(self.weights, trained)
+        try:
+            yield
+        finally:
+            _copy(own, trained)
+
+    def save(self, folder: str | Path) -> None:
+        torch.save({"weights": self.weights}, Path(folder) / self.FILE)
+
+    def load(self, folder: str | Path) -> None:
+        """Raises `ValueError` for a checkpoint of a run without a moving average."""
+        path = Path(folder) / self.FILE
+        if not path.is_file():
+            raise ValueError(
+                f"`ema_decay={self.decay:g}`, but `{folder}` is a checkpoint of a run without a moving average. "
+                "Resume without `ema_decay`, or start anew."
+            )
+        self.weights = torch.load(path, map_location="cpu", weights_only=True)["weights"]
+
+
+def _trained(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+@torch.no_grad()
+def _copy(source: list[torch.Tensor], target: list[nn.Parameter]) -> None:
+    for parameter, value in zip(target, source, strict=True):
+        parameter.copy_(value)

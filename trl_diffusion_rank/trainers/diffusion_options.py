@@ -41,6 +41,10 @@ class DiffusionOptions:
             An optimizer step whose gradient isn't finite is skipped and counted (`skipped_steps` in the log); after so
             many in a row training stops with an error.
 
+        ema_decay (`float`, *optional*):
+            Decay, in (0, 1), of an exponential moving average of the trained weights, which is what is saved for
+            diffusers. Off when unset.
+
         > Parameters that control noise
 
         timestep_sampling (`str`, *optional*):
@@ -81,6 +85,14 @@ class DiffusionOptions:
     max_skipped_steps: int = field(
         default=10,
         metadata={"help": "Steps in a row whose gradient isn't finite, each skipped, before training stops."},
+    )
+
+    ema_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Decay, in (0, 1), of an exponential moving average of the trained weights, which is what is "
+            "saved for diffusers. Off when unset."
+        },
     )
 
     # Parameters that control noise
@@ -138,6 +150,8 @@ class DiffusionOptions:
         """Refuse bad values of these options, naming the option; reads nothing but the options."""
         if self.preserve_mu is not None and not 0 <= self.preserve_mu <= 1:
             raise ValueError(f"`preserve_mu` must be in [0, 1], got {self.preserve_mu}.")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise ValueError(f"`ema_decay` must be in (0, 1), got {self.ema_decay}.")
         for option, least in (("max_skipped_steps", 1), ("encode_batch_size", 1), ("resolution", 8)):
             value = getattr(self, option)
             if value is not None and value < least:

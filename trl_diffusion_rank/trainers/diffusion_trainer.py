@@ -1,5 +1,6 @@
 """What the preference trainers of diffusion models share, whichever of TRL's trainers they extend."""
 
+import contextlib
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +30,7 @@ from trl_diffusion_rank.diffusion.weighting import timestep_weights
 from trl_diffusion_rank.objectives import monitors
 from trl_diffusion_rank.objectives.ranking import better_than
 from trl_diffusion_rank.objectives.safeguards import preservation_scales, scale_gradient
-from trl_diffusion_rank.trainers.callbacks import SkipNonFiniteSteps
+from trl_diffusion_rank.trainers.callbacks import MovingAverage, SkipNonFiniteSteps
 
 
 logger = logging.getLogger(__name__)
@@ -99,6 +100,14 @@ class DiffusionTrainerMixin:
         """
         self._skipper = SkipNonFiniteSteps(self.args.max_skipped_steps)
         self.add_callback(self._skipper)
+        self._average: MovingAverage | None = None
+        if self.args.ema_decay is not None:
+            if self.is_deepspeed_enabled or self.is_fsdp_enabled:
+                raise ValueError(
+                    "`ema_decay` isn't supported with DeepSpeed or FSDP, which keep the weights to themselves."
+                )
+            self._average = MovingAverage(self.args.ema_decay)
+            self.add_callback(self._average)
         self.processing_class = None  # TRL was given a tokenizer; none belongs beside a denoiser's weights
         if self.cache_latents:
             self.family.drop_encoders()
@@ -310,10 +319,23 @@ class DiffusionTrainerMixin:
             only_lora = {"save_embedding_layers": False} if is_lora else {}
             self.model.save_pretrained(folder, state_dict=state_dict, **only_lora)
             torch.save(self.args, folder / "training_args.bin")
-        if is_lora:
-            hub.save_lora(self.model, self.family, folder, state_dict)
-        elif not is_checkpoint:
-            hub.save_denoiser(self.model, self.family, folder)
+        with self._average.applied(self.model) if self._average else contextlib.nullcontext():
+            if is_lora:
+                hub.save_lora(self.model, self.family, folder, state_dict)
+            elif not is_checkpoint:
+                hub.save_denoiser(self.model, self.family, folder)
+
+    # Adds the moving average
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._average is not None and self.args.should_save:
+            self._average.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self._average is not None and checkpoint is not None:
+            self._average.load(checkpoint)
+            self._average.weights = [weight.to(self.args.device) for weight in self._average.weights]
 
     # Replaces TRL's card, which shows a text-generation pipeline
     def create_model_card(
