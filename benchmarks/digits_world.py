@@ -72,7 +72,7 @@ def train(
         "per_device_train_batch_size": FORWARDS // images_per_row,
         "bf16": False,
         "use_cpu": True,
-        "activation_checkpointing": False,
+        "gradient_checkpointing": False,
         "dataloader_pin_memory": False,
         "encode_batch_size": 200,
         "save_strategy": "no",

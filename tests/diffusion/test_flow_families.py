@@ -296,7 +296,7 @@ def test_encode_shifts_and_scales_and_decode_undoes_it(name):
 def make_trainer(output_dir, pipeline, peft_config="lora", **kwargs) -> RankedDiffusionDPOTrainer:
     options = {
         "bf16": False,
-        "activation_checkpointing": False,
+        "gradient_checkpointing": False,
         "per_device_train_batch_size": 2,
         "max_steps": 2,
         "logging_steps": 1,
@@ -378,16 +378,16 @@ def test_full_weights_train_and_stock_diffusers_loads_them(tmp_path, name):
 
 @pytest.mark.parametrize("peft_config", ["lora", None])
 @pytest.mark.parametrize("name", TRAINED)
-def test_activation_checkpointing_changes_neither_loss_nor_gradient(tmp_path, name, peft_config):
+def test_gradient_checkpointing_changes_neither_loss_nor_gradient(tmp_path, name, peft_config):
     results = []
     for checkpointing in (False, True):
         trainer = make_trainer(
-            tmp_path, TRAINED[name](), peft_config, activation_checkpointing=checkpointing, beta=100.0, max_steps=1
+            tmp_path, TRAINED[name](), peft_config, gradient_checkpointing=checkpointing, beta=100.0, max_steps=1
         )
         seen = []
         trainer.add_callback(_Gradients(seen))
         trainer.train()
-        assert trainer.model.is_activation_checkpointing == checkpointing
+        assert trainer.model.is_gradient_checkpointing == checkpointing
         results.append((trainer.state.log_history[0]["loss"], seen))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     assert len(results[0][1]) == len(results[1][1]) > 0

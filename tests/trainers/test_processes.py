@@ -36,7 +36,7 @@ def train(folder: str, batch_size: int, method: str) -> None:
             beta=100.0,  # 5000 would show how differently float32 rounds the errors of another batch size
             bf16=False,
             use_cpu=True,
-            activation_checkpointing=False,
+            gradient_checkpointing=False,
             report_to="none",
             save_strategy="no",
             **options,

@@ -23,7 +23,7 @@ PIPELINES = {"sd": tiny_sd_pipeline, "sdxl": tiny_sdxl_pipeline}
 def config(output_dir, **kwargs) -> RankedDiffusionDPOConfig:
     options = {
         "bf16": False,
-        "activation_checkpointing": False,
+        "gradient_checkpointing": False,
         "per_device_train_batch_size": 2,
         "max_steps": 2,
         "logging_steps": 1,
@@ -229,16 +229,16 @@ def test_without_signal_every_margin_is_exactly_zero(tmp_path):
 
 
 @pytest.mark.parametrize("peft_config", ["lora", None])
-def test_activation_checkpointing_changes_neither_loss_nor_gradient(tmp_path, peft_config):
+def test_gradient_checkpointing_changes_neither_loss_nor_gradient(tmp_path, peft_config):
     results = []
     for checkpointing in (False, True):
         trainer = make_trainer(
-            tmp_path, peft_config=peft_config, activation_checkpointing=checkpointing, beta=100.0, max_steps=1
+            tmp_path, peft_config=peft_config, gradient_checkpointing=checkpointing, beta=100.0, max_steps=1
         )
         seen = []
         trainer.add_callback(_Gradients(seen))
         trainer.train()
-        assert trainer.model.is_activation_checkpointing == checkpointing
+        assert trainer.model.is_gradient_checkpointing == checkpointing
         results.append((trainer.state.log_history[0]["loss"], seen))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
     assert len(results[0][1]) == len(results[1][1]) > 0

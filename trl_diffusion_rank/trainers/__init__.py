@@ -18,6 +18,9 @@ def check_trl_version(installed: str) -> None:
 
 check_trl_version(version("trl"))
 
+# The name that TRL uses and every supported Transformers knows; the newest renames it at each use
+warnings.filterwarnings("ignore", r"`(is_)?gradient_checkpointing\w*` is deprecated", FutureWarning)
+
 with warnings.catch_warnings():
     # TRL's CPO greets with a notice that its interface may change in any release: that is why the release is checked
     warnings.simplefilter("ignore")
