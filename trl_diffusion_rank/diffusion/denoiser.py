@@ -51,6 +51,12 @@ class DenoiserModel(PreTrainedModel):
         self.generation_config = GenerationConfig()  # TRL writes the tokenizer's pad token into it
         # Transformers looks for blocks that are never split here; diffusers keeps the list on the denoiser
         self._no_split_modules = getattr(denoiser, "_no_split_modules", None)
+        if getattr(denoiser, "is_quantized", False):
+            # What TRL, PEFT and the Trainer ask a quantized model for
+            self.is_quantized, self.hf_quantizer = True, denoiser.hf_quantizer
+            self.quantization_method = denoiser.quantization_method
+            self.is_loaded_in_4bit = getattr(denoiser, "is_loaded_in_4bit", False)
+            self.is_loaded_in_8bit = getattr(denoiser, "is_loaded_in_8bit", False)
 
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, conditioning: dict[str, Tensor]) -> Tensor:
         """(M, C, h, w), (M,), {name: (M, ...)} -> the prediction (M, C, h, w), in the convention of its scheduler."""

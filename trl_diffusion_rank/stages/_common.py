@@ -51,6 +51,20 @@ def unknown_key(kind: str, got: str, known: list[str]) -> ValueError:
     return ValueError(f"{kind} {got!r}, which is not known.{hint} Known: {', '.join(known)}.")
 
 
+def check_bitsandbytes(options: Any) -> None:
+    """Refuse a training stage's options that need the package bitsandbytes where it isn't installed."""
+    import importlib.util
+
+    asked = [name for name in ("load_in_4bit", "load_in_8bit") if getattr(options, name)]
+    if "8bit" in options.optim or "bnb" in options.optim:
+        asked.append(f"optim={options.optim}")
+    if asked and importlib.util.find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"`{asked[0]}` needs the package bitsandbytes, which is not installed: "
+            "pip install 'trl-diffusion-rank[quantization]', or leave the option out."
+        )
+
+
 def is_main_process() -> bool:
     """Whether this process writes. The launcher tells, so that no library has to be imported to ask."""
     return os.environ.get("RANK", "0") == "0"

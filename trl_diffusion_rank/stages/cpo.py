@@ -25,8 +25,11 @@ def argument_classes() -> tuple[type, ...]:
 
 def check(options) -> None:
     """Refuse what the config would refuse, before earlier stages have run for hours."""
+    from trl_diffusion_rank.stages._common import check_bitsandbytes
+
     _, config_class, _ = argument_classes()
     config_class.check_options(options)
+    check_bitsandbytes(options)
 
 
 def main(script_args, training_args, model_args) -> None:

@@ -6,7 +6,7 @@ from datasets import Dataset, DatasetDict, IterableDataset
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import Tensor, nn
-from transformers import DataCollator, TrainerCallback
+from transformers import BitsAndBytesConfig, DataCollator, TrainerCallback
 from trl.experimental.cpo import CPOTrainer
 
 from trl_diffusion_rank.objectives.reference_free import reference_free_loss
@@ -61,6 +61,8 @@ class DiffusionCPOTrainer(DiffusionTrainerMixin, CPOTrainer):
             Ranked rows to evaluate on, with the same noise at every evaluation.
         processing_class ([`~diffusers.DiffusionPipeline`], *optional*):
             Turns prompts and images into tensors; needed only when `model` is a denoiser.
+        quantization_config (`~transformers.BitsAndBytesConfig`, *optional*):
+            Load the denoiser in 4 or 8 bits. Needs an accelerator, `bitsandbytes` and a `peft_config`.
         callbacks, optimizers, peft_config:
             As in [`~trl.experimental.cpo.CPOTrainer`]. `peft_config.target_modules` defaults to the attention
             projections; names and patterns are the denoiser's own.
@@ -83,14 +85,13 @@ class DiffusionCPOTrainer(DiffusionTrainerMixin, CPOTrainer):
         preprocess_logits_for_metrics: None = None,
         peft_config: PeftConfig | None = None,
         compute_metrics: None = None,
-        quantization_config: None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
     ):
         no_logits = "a denoiser gives no logits; samples are judged by `evaluate`"
         refuse("data_collator", data_collator, "rows are collated as they are encoded")
         refuse("model_init", model_init, "images are encoded with the model that is trained, before training")
         refuse("preprocess_logits_for_metrics", preprocess_logits_for_metrics, no_logits)
         refuse("compute_metrics", compute_metrics, no_logits)
-        refuse("quantization_config", quantization_config, "quantized bases aren't supported yet")
         if not isinstance(train_dataset, Dataset | IterableDataset):
             found = "none" if train_dataset is None else f"`{type(train_dataset).__name__}`"
             raise TypeError(f"`train_dataset` must be a `Dataset` or `IterableDataset`, got {found}.")
@@ -99,7 +100,9 @@ class DiffusionCPOTrainer(DiffusionTrainerMixin, CPOTrainer):
         if args is None:
             name = model if isinstance(model, str) else type(model).__name__
             args = DiffusionCPOConfig(f"{name.rstrip('/').split('/')[-1]}-CPO")
-        model, peft_config, train_dataset = self.set_up(model, processing_class, args, peft_config, train_dataset)
+        model, peft_config, train_dataset = self.set_up(
+            model, processing_class, args, peft_config, train_dataset, quantization_config
+        )
         if args.beta is None:
             args.beta = NORMALIZED_BETA if args.normalize_error else self.family.default_beta_reference_free
             source = "`normalize_error`'s" if args.normalize_error else f"the `{self.family.name}` family's"

@@ -14,6 +14,7 @@ from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
 from torch import Tensor, nn
+from transformers import BitsAndBytesConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import global_then_local_main_first, hash_module
 
@@ -51,6 +52,7 @@ class DiffusionTrainerMixin:
         args: Any,
         peft_config: PeftConfig | None,
         train_dataset: Dataset | IterableDataset | None,
+        quantization_config: BitsAndBytesConfig | None,
     ) -> tuple[DenoiserModel, PeftConfig | None, Dataset | IterableDataset | None]:
         """
         Load what is trained and decide what the model's family decides.
@@ -58,7 +60,8 @@ class DiffusionTrainerMixin:
         Returns the wrapped denoiser, the `peft_config` as it fits the wrapper, and the dataset with its images
         undecoded and under a name in which TRL doesn't see a vision-language dataset.
         """
-        self._pipeline, denoiser = _resolve_model(model, processing_class, args.model_init_kwargs)
+        init_kwargs = _with_quantization(args.model_init_kwargs, quantization_config, model)
+        self._pipeline, denoiser = _resolve_model(model, processing_class, init_kwargs)
         self.family = recognise_family(self._pipeline)
         denoiser = denoiser or getattr(self._pipeline, self.family.denoiser_name)
         name_or_path = model if isinstance(model, str) else self._pipeline.config.get("_name_or_path") or ""
@@ -68,6 +71,11 @@ class DiffusionTrainerMixin:
         wrapped = DenoiserModel(denoiser, self.family, name_or_path)
         if peft_config is not None:
             peft_config = _denoiser_peft_config(peft_config, self.family.lora_target_modules)
+        elif getattr(wrapped, "is_quantized", False):
+            raise ValueError(
+                "The weights of a quantized base can't be trained themselves: pass a `peft_config` (`--use_peft`), or "
+                "leave the quantization out."
+            )
 
         self.timestep_sampling = args.timestep_sampling or self.family.default_timestep_sampling
         self.timestep_grid = self.family.timestep_grid(self.timestep_sampling, args.timesteps)
@@ -393,6 +401,24 @@ def _resolve_model(
         "`model` must be a Hub id, a folder, a `DiffusionPipeline` or a denoiser (`torch.nn.Module`), got "
         f"`{type(model).__name__}`."
     )
+
+
+def _with_quantization(
+    init_kwargs: dict[str, Any] | None, quantization_config: BitsAndBytesConfig | None, model: Any
+) -> dict[str, Any] | None:
+    """`model_init_kwargs` with the trainer's argument in it, which TRL allows in one of the two places."""
+    if quantization_config is None:
+        return init_kwargs
+    if not isinstance(model, str):
+        raise ValueError(
+            "`quantization_config` says how to load a model, but `model` is loaded. Pass its name, or leave "
+            "`quantization_config` out."
+        )
+    if (init_kwargs or {}).get("quantization_config") is not None:
+        raise ValueError(
+            "`quantization_config` is set twice: as an argument and in `model_init_kwargs`. Leave one out."
+        )
+    return {**(init_kwargs or {}), "quantization_config": quantization_config}
 
 
 def _pipeline_kwargs(init_kwargs: dict[str, Any] | None) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import DataCollator, TrainerCallback
+from transformers import BitsAndBytesConfig, DataCollator, TrainerCallback
 from trl import DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
@@ -77,6 +77,8 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
             Ranked rows to evaluate on, with the same noise at every evaluation.
         processing_class ([`~diffusers.DiffusionPipeline`], *optional*):
             Turns prompts and images into tensors; needed only when `model` is a denoiser.
+        quantization_config (`~transformers.BitsAndBytesConfig`, *optional*):
+            Load the denoiser in 4 or 8 bits. Needs an accelerator, `bitsandbytes` and a `peft_config`.
         callbacks, optimizers, peft_config:
             As in [`~trl.DPOTrainer`]. `peft_config.target_modules` defaults to the attention projections; names and
             patterns are the denoiser's own.
@@ -109,18 +111,19 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
         compute_metrics: None = None,
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LambdaLR | None] = (None, None),
-        quantization_config: None = None,
+        quantization_config: BitsAndBytesConfig | None = None,
         peft_config: PeftConfig | None = None,
     ):
         refuse("data_collator", data_collator, "rows are collated as they are encoded")
         refuse("compute_metrics", compute_metrics, "a denoiser gives no logits; samples are judged by `evaluate`")
-        refuse("quantization_config", quantization_config, "quantized bases aren't supported yet")
 
         # Model
         if args is None:
             name = model if isinstance(model, str) else type(model).__name__
             args = RankedDiffusionDPOConfig(f"{name.rstrip('/').split('/')[-1]}-RankedDPO")
-        model, peft_config, train_dataset = self.set_up(model, processing_class, args, peft_config, train_dataset)
+        model, peft_config, train_dataset = self.set_up(
+            model, processing_class, args, peft_config, train_dataset, quantization_config
+        )
         if ref_model is not None:
             ref_model = DenoiserModel(ref_model, self.family)
         elif peft_config is None and not args.precompute_ref_log_probs:
