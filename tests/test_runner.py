@@ -7,7 +7,7 @@ import fake_stages
 import pytest
 
 from trl_diffusion_rank import cli
-from trl_diffusion_rank.runner import canonical, fingerprint, read_record
+from trl_diffusion_rank.runner import Step, canonical, fingerprint, read_record
 
 
 RECIPE = "shared: {seed: 3}\ngrow: {number: 4, rate: 1e-5}\ncount: {step: 2}\nreport: {}\n"
@@ -74,6 +74,31 @@ class TestFingerprint:
         before = fingerprint("grow", {"cache_dir": "cache"}, {})
         Path("cache/file").write_text("a")
         assert before == fingerprint("grow", {"cache_dir": "cache"}, {})
+
+
+class TestPublishing:
+    """Turning publishing on runs a finished stage again in its place, and makes nothing anew by it."""
+
+    def step(self, **options):
+        return Step("generate", Path("out"), fingerprint("generate", options, {}), options)
+
+    @pytest.mark.parametrize(
+        ("had", "wanted", "done"),
+        [
+            ({}, {}, True),
+            ({}, {"push_to_hub": True, "hub_dataset_id": "me/a"}, False),
+            ({"push_to_hub": True, "hub_dataset_id": "me/a"}, {"push_to_hub": "true", "hub_dataset_id": "me/a"}, True),
+            ({"push_to_hub": True, "hub_dataset_id": "me/a"}, {"push_to_hub": True, "hub_dataset_id": "me/b"}, False),
+            ({"push_to_hub": True, "hub_dataset_id": "me/a"}, {}, True),
+        ],
+    )
+    def test_a_stage_is_done_when_it_is_published_as_wanted(self, had, wanted, done):
+        before, step = self.step(seed=1, **had), self.step(seed=1, **wanted)
+        assert step.fingerprint == before.fingerprint
+        record = {"fingerprint": before.fingerprint, "status": "finished", "options": before.options}
+        assert step.is_done(record) is done
+        assert not step.is_done(record | {"status": "running"})
+        assert not self.step(seed=2, **wanted).is_done(record)
 
 
 class TestRun:

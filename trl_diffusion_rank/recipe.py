@@ -150,9 +150,15 @@ def stage_module(stage: str) -> types.ModuleType:
 
 
 def stage_inputs_of(stage: str) -> dict[str, tuple[str, ...]]:
-    """Option -> the stages whose output can fill it: those that do the same work, of which a recipe has one."""
+    """Option -> the stages whose output can fill it."""
     inputs = stage_module(stage).INPUTS
     return {name: (up,) if isinstance(up, str) else up for name, up in inputs.items()}
+
+
+def stages_before(stage: str) -> set[str]:
+    """All stages whose output can have come into this one's, through others too."""
+    direct = {upstream for upstreams in stage_inputs_of(stage).values() for upstream in upstreams}
+    return direct.union(*map(stages_before, direct))
 
 
 def is_heavy(stage: str) -> bool:
@@ -301,6 +307,8 @@ def stage_inputs(recipe: Recipe, stage: str, given: Iterable[str]) -> dict[str, 
     inputs = {}
     for name, upstreams in stage_inputs_of(stage).items():
         present = [upstream for upstream in upstreams if upstream in recipe.sections]
+        # Captioned prompts are read instead of the prompts they were made from
+        present = [up for up in present if not any(up in stages_before(other) for other in present)]
         if name in given or not present:
             continue
         if len(present) > 1:

@@ -9,7 +9,6 @@ reads. Options that were not given are left out, so that deciding what to skip n
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import time
@@ -34,11 +33,13 @@ from trl_diffusion_rank.recipe import (
     stage_inputs,
     stage_parser,
 )
+from trl_diffusion_rank.versions import package_versions
 
 
-PACKAGES = ("trl-diffusion-rank", "trl", "torch", "diffusers", "transformers", "peft", "accelerate", "datasets")
 # folders that a stage writes to while it runs: their content says nothing about what it was made from
 WRITTEN = ("output_dir", "logging_dir", "cache_dir")
+# options that publish what a stage has made: turning them on makes nothing anew
+PUBLISHING = ("push_to_hub", "hub_dataset_id", "hub_model_id", "hub_private_repo")
 
 
 # fingerprints ----------------------------------------------------------
@@ -53,7 +54,11 @@ def fingerprint(stage: str, options: dict[str, Any], inputs: dict[str, str]) -> 
         options (`dict[str, Any]`): The options given, from the recipe or the command line.
         inputs (`dict[str, str]`): Option -> fingerprint of the stage whose output fills it.
     """
-    given = {name: canonical(value, name not in WRITTEN) for name, value in options.items() if name != "output_dir"}
+    given = {
+        name: canonical(value, name not in WRITTEN)
+        for name, value in options.items()
+        if name not in ("output_dir", *PUBLISHING)
+    }
     text = json.dumps({"stage": stage, "options": given, "inputs": inputs}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -103,16 +108,6 @@ def write_record(output: Path, record: dict[str, Any]) -> None:
     part.replace(output / "stage.json")
 
 
-def package_versions() -> dict[str, str]:
-    versions = {}
-    for package in PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:  # run from a source tree
-            versions[package] = "not installed"
-    return versions
-
-
 # planning --------------------------------------------------------------
 
 
@@ -142,8 +137,17 @@ class Step:
     @property
     def finished(self) -> bool:
         """Whether the output exists, in its place or among the superseded ones."""
-        record = read_record(self.output if self.in_place else self.superseded)
-        return record is not None and (record["fingerprint"], record["status"]) == (self.fingerprint, "finished")
+        return self.is_done(read_record(self.output if self.in_place else self.superseded))
+
+    def is_done(self, record: dict[str, Any] | None) -> bool:
+        """Whether `record` is of this step, finished, and published as it now shall be."""
+        if record is None or (record["fingerprint"], record["status"]) != (self.fingerprint, "finished"):
+            return False
+        wanted, had = (
+            {name: canonical(options[name], read=False) for name in PUBLISHING if name in options}
+            for options in (self.options, record["options"])
+        )
+        return wanted == had or not wanted.get("push_to_hub")
 
 
 def superseded_folder(output: Path, fingerprint: str) -> Path:
@@ -247,8 +251,7 @@ def execute(step: Step, stage_args: list[str], launch_args: list[str], label: st
     was_in_place = step.in_place
     if not was_in_place:
         _swap(step)
-    record = read_record(step.output)
-    if record is not None and record["status"] == "finished":
+    if step.is_done(read_record(step.output)):
         how = "unchanged, skipped" if was_in_place else "finished earlier with these options, brought back"
         print(f"{label}: {how}", flush=True)
         return 0

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import difflib
 import os
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from accelerate import PartialState
     from diffusers import DiffusionPipeline
     from trl import ModelConfig, ScriptArguments
@@ -20,6 +23,38 @@ if TYPE_CHECKING:
 
 # What `dtype` may be.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass
+class PublishingOptions:
+    """
+    Options of the stages that make a dataset.
+
+    Args:
+        push_to_hub (`bool`, *optional*, defaults to `False`):
+            Upload the dataset to the Hub when it is finished.
+        hub_dataset_id (`str`, *optional*):
+            Where to, as `user/name`.
+        hub_private_repo (`bool`, *optional*):
+            Whether a new repository is private; your organisation's default when unset.
+    """
+
+    push_to_hub: bool = field(default=False, metadata={"help": "Upload the dataset to the Hub when it is finished."})
+    hub_dataset_id: str | None = field(default=None, metadata={"help": "Where to on the Hub, as user/name."})
+    hub_private_repo: bool | None = field(
+        default=None, metadata={"help": "Whether a new repository is private; the owner's default when unset."}
+    )
+
+    def __post_init__(self) -> None:
+        if self.push_to_hub and not self.hub_dataset_id:
+            raise ValueError("`push_to_hub` is set and `hub_dataset_id` is not: say where to, as user/name.")
+
+    def publish(self, folder: str | Path) -> None:
+        """Upload the artefact in `folder` where that was asked for."""
+        if self.push_to_hub:
+            from trl_diffusion_rank.data.artefact import push_dataset
+
+            print(f"Pushed to {push_dataset(folder, self.hub_dataset_id, self.hub_private_repo)}")
 
 
 def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:

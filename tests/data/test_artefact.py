@@ -1,0 +1,148 @@
+import io
+import json
+
+import pytest
+from datasets import Features, Image, List, Value, load_dataset
+from huggingface_hub import DatasetCard
+from PIL import Image as PILImage
+
+from trl_diffusion_rank.data import artefact as module
+from trl_diffusion_rank.data.artefact import Artefact, Card, push_dataset
+from trl_diffusion_rank.data.loading import load_splits
+
+
+FEATURES = Features({"prompt": Value("string"), "images": List(Image()), "psi": List(Value("float32"))})
+CARD = Card(
+    title="Ranked images",
+    text="Four images a prompt.",
+    columns={"prompt": "the caption"},
+    stage="score",
+    options={"seed": 3, "scorers": ["clip"]},
+    versions={"torch": "2.13.0"},
+    sections={"Sources": "| a | b |"},
+    tags=["text-to-image"],
+)
+
+
+def png(value: int) -> dict:
+    buffer = io.BytesIO()
+    PILImage.new("RGB", (4, 4), (value, 0, 0)).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def batch(first: int, n: int) -> dict[str, list]:
+    return {
+        "prompt": [f"p{i}" for i in range(first, first + n)],
+        "images": [[png(i % 256), png(255)] for i in range(first, first + n)],
+        "psi": [[1.0, 0.0]] * n,
+    }
+
+
+def test_the_folder_is_a_dataset_with_images_and_a_card(tmp_path):
+    artefact = Artefact(tmp_path, {"seed": 3})
+    assert not artefact.finished
+    counts = artefact.save({"train": [batch(0, 50), batch(50, 20)], "test": iter([batch(70, 1)])}, FEATURES, CARD)
+    assert counts == {"train": 70, "test": 1}
+    assert artefact.finished
+
+    for data in (load_dataset(str(tmp_path)), load_splits(str(tmp_path))):
+        assert set(data) == {"train", "test"}
+        assert list(data["train"]["prompt"]) == [f"p{i}" for i in range(70)]
+        assert data["train"].features == FEATURES
+        assert data["train"][33]["images"][0].getpixel((0, 0)) == (33, 0, 0)
+    card = DatasetCard.load(tmp_path / "README.md")
+    assert card.data.tags == ["text-to-image", "trl-diffusion-rank"]
+    assert "70 in `train`, 1 in `test`" in card.text
+    assert "| `images` | list of image |  |" in card.text
+    assert "| `psi` | list of float32 |" in card.text
+    assert "| `prompt` | string | the caption |" in card.text
+    assert "## Sources\n\n| a | b |" in card.text
+    assert json.loads(card.text.split("```json\n")[1].split("\n```")[0])["options"] == CARD.options
+
+
+def test_the_files_do_not_tell_how_large_the_batches_were(tmp_path):
+    Artefact(tmp_path / "a", {}).save({"train": [batch(0, 70)]}, FEATURES, CARD)
+    Artefact(tmp_path / "b", {}).save({"train": [batch(i, 7) for i in range(0, 70, 7)]}, FEATURES, CARD)
+    names = [path.name for path in (tmp_path / "a" / "data").iterdir()]
+    assert names == ["train-00000-of-00001.parquet"]
+    for name in names:
+        assert (tmp_path / "a" / "data" / name).read_bytes() == (tmp_path / "b" / "data" / name).read_bytes()
+
+
+def test_large_splits_become_several_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "BYTES_PER_FILE", 5_000)
+    Artefact(tmp_path, {}).save({"train": [batch(0, 100)]}, FEATURES, CARD)
+    names = sorted(path.name for path in (tmp_path / "data").iterdir())
+    assert len(names) > 1
+    assert names[-1] == f"train-{len(names) - 1:05d}-of-{len(names):05d}.parquet"
+    assert list(load_splits(str(tmp_path))["train"]["prompt"]) == [f"p{i}" for i in range(100)]
+
+
+def test_other_options_are_another_artefact(tmp_path):
+    first = Artefact(tmp_path, {"seed": 0})
+    first.parts("images", ("prompt",), FEATURES).write(batch(0, 2))
+    other = Artefact(tmp_path, {"seed": 1})
+    assert other.parts("images", ("prompt",), FEATURES).scan() == set()
+    assert first.parts("images", ("prompt",), FEATURES).scan() == {("p0",), ("p1",)}
+    first.save({"train": [batch(0, 2)]}, FEATURES, CARD)
+    assert first.finished and not other.finished
+    assert not list(tmp_path.glob("partial-*"))
+
+
+def test_an_interrupted_save_leaves_the_pieces_and_is_not_finished(tmp_path):
+    artefact = Artefact(tmp_path, {})
+    artefact.parts("images", ("prompt",), FEATURES).write(batch(0, 2))
+
+    def batches():
+        yield batch(0, 40)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        artefact.save({"train": batches()}, FEATURES, CARD)
+    assert not artefact.finished
+    assert artefact.parts("images", ("prompt",), FEATURES).scan()
+    artefact.save({"train": [batch(0, 2)]}, FEATURES, CARD)
+    assert len(load_splits(str(tmp_path))["train"]) == 2
+
+
+def test_empty_splits_are_left_out(tmp_path):
+    assert Artefact(tmp_path, {}).save({"train": [batch(0, 2)], "test": []}, FEATURES, CARD) == {"train": 2}
+    assert set(load_splits(str(tmp_path))) == {"train"}
+
+
+class _Hub:
+    """Records what would be sent."""
+
+    error: Exception | None = None
+    sent: dict = {}
+
+    def create_repo(self, repo_id, **kwargs):
+        if _Hub.error is not None:
+            raise _Hub.error
+        _Hub.sent = {"private": kwargs["private"], "type": kwargs["repo_type"]}
+        return module.HfApi.url(repo_id)
+
+    def upload_folder(self, **kwargs):
+        _Hub.sent |= kwargs
+
+    @staticmethod
+    def url(repo_id):
+        from huggingface_hub import RepoUrl
+
+        return RepoUrl(f"https://huggingface.co/datasets/{repo_id}")
+
+
+def test_only_the_dataset_is_pushed(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "HfApi", _Hub)
+    url = push_dataset(tmp_path, "me/ranked", private=True)
+    assert url == "https://huggingface.co/datasets/me/ranked"
+    assert _Hub.sent["repo_id"] == "me/ranked"
+    assert (_Hub.sent["private"], _Hub.sent["type"], _Hub.sent["repo_type"]) == (True, "dataset", "dataset")
+    assert _Hub.sent["allow_patterns"] == ["README.md", "data/*.parquet", "*.png"]
+
+
+def test_a_refused_push_says_that_nothing_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "HfApi", _Hub)
+    monkeypatch.setattr(_Hub, "error", OSError("401 Client Error: Unauthorized.\nmore"))
+    with pytest.raises(ValueError, match=r"'me/ranked': 401 Client Error: Unauthorized\. It is complete in .*hf auth"):
+        push_dataset(tmp_path, "me/ranked")
