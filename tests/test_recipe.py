@@ -158,6 +158,8 @@ class TestParseStage:
         both = write("grow: {}\ncount: {}\nreport: {counts: runs/r/grow}")
         assert parse_stage("report", ["--recipe", both])[0].counts == "runs/r/grow"
         recipe = load_recipe(write("grow: {}\ncount: {}\nreport: {}"))
+        assert stage_inputs(recipe, "report", []) == {"counts": "count"}, "`count` has read `grow`"
+        monkeypatch.setattr(stage_module("count"), "INPUTS", {})
         message = (
             "`grow` and `count`, and either could fill `counts` of the stage `report`: set `counts` in its section"
         )
