@@ -60,6 +60,15 @@ def test_the_folder_is_a_dataset_with_images_and_a_card(tmp_path):
     assert json.loads(card.text.split("```json\n")[1].split("\n```")[0])["options"] == CARD.options
 
 
+def test_folders_of_one_name_are_not_mistaken_for_each_other(tmp_path):
+    """A trap of `datasets`, which caches by the folder's last name and a hash."""
+    for name, n in (("a/out", 3), ("b/out", 5)):
+        Artefact(tmp_path / name, {}).save({"train": [batch(0, n)]}, FEATURES, CARD)
+        assert len(load_dataset(str(tmp_path / name))["train"]) == n
+    Artefact(tmp_path / "a/out", {}).save({"train": [batch(0, 7)]}, FEATURES, CARD)
+    assert len(load_dataset(str(tmp_path / "a/out"))["train"]) == 7
+
+
 def test_the_files_do_not_tell_how_large_the_batches_were(tmp_path):
     Artefact(tmp_path / "a", {}).save({"train": [batch(0, 70)]}, FEATURES, CARD)
     Artefact(tmp_path / "b", {}).save({"train": [batch(i, 7) for i in range(0, 70, 7)]}, FEATURES, CARD)

@@ -150,7 +150,7 @@ def test_pickapic_contradictions_are_counted(caplog):
     with caplog.at_level(logging.INFO):
         ranked = to_ranked(pickapic(pairs), "train")
     assert "1 pairs of the train dataset have votes for both sides" in caplog.text
-    assert "Merged 4 Pick-a-Pic pairs of the train dataset into 1 ranked lists" in caplog.text
+    assert "train dataset into ranked lists: 4 pairs of 1 captions; 0 votes are ties, 1 pairs have" in caplog.text
     assert ranked[0]["psi"] == pytest.approx([0.75, 0.5, 0.0])
 
 

@@ -1,58 +1,30 @@
-import string
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from safetensors.torch import load_file, save_file
+from tiny_scorers import random_images, save_tiny_clip
+from transformers import CLIPModel, CLIPProcessor
 
 from trl_diffusion_rank.scorers import load_scorer
 
 
 @pytest.fixture(scope="module")
 def tiny_clip(tmp_path_factory) -> str:
-    """Folder of a CLIPModel with random weights and its processor."""
-    letters = [*string.ascii_lowercase, *(letter + "</w>" for letter in string.ascii_lowercase)]
-    vocab = {token: i for i, token in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])}
-    tower = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ends = {"bos_token_id": vocab["<|startoftext|>"], "eos_token_id": vocab["<|endoftext|>"]}
-    config = CLIPConfig(
-        text_config={**tower, **ends, "vocab_size": len(vocab), "max_position_embeddings": 12},
-        vision_config={**tower, "image_size": 16, "patch_size": 8},
-        projection_dim=8,
-    )
-    torch.manual_seed(0)
-    model = CLIPModel(config)
-    # random towers map all to nearly one point; larger projections would not change a cosine, spread-out weights do
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.3)
-    folder = tmp_path_factory.mktemp("clip")
-    model.save_pretrained(folder)
-    size = {"height": 16, "width": 16}
-    CLIPProcessor(
-        CLIPImageProcessor(size={"shortest_edge": 16}, crop_size=size),
-        CLIPTokenizer(vocab=vocab, merges=[], model_max_length=12),
-    ).save_pretrained(folder)
-    return str(folder)
+    return save_tiny_clip(tmp_path_factory.mktemp("clip"))
 
 
-@pytest.fixture(scope="module")
-def images() -> list[Image.Image]:
-    rng = np.random.default_rng(0)
-    return [Image.fromarray(rng.integers(256, size=(20, 20, 3), dtype=np.uint8)) for _ in range(5)]
-
-
+IMAGES = random_images(5)
 PROMPTS = ["a cat", "a red dog and a very long story about it", "b", "a hen", "cow"]
 
 
 @pytest.mark.parametrize("name", ["clip", "pickscore"])
-def test_score_is_the_logit_of_clip(name, tiny_clip, images):
+def test_score_is_the_logit_of_clip(name, tiny_clip):
     """The forward pass of CLIPModel gives the same numbers, on the diagonal of its images x captions matrix."""
-    scores = load_scorer(name, model=tiny_clip, batch_size=2, device="cpu").score(images, PROMPTS)
-    model, processor = CLIPModel.from_pretrained(tiny_clip).eval(), CLIPProcessor.from_pretrained(tiny_clip)
-    inputs = processor(images=images, text=PROMPTS, padding=True, truncation=True, return_tensors="pt")
+    scores = load_scorer(name, model=tiny_clip, batch_size=2, device="cpu").score(IMAGES, PROMPTS)
+    model = CLIPModel.from_pretrained(tiny_clip).eval()
+    processor = CLIPProcessor.from_pretrained(tiny_clip, backend="pil")
+    inputs = processor(images=IMAGES, text=PROMPTS, padding=True, truncation=True, return_tensors="pt")
     with torch.no_grad():
         expected = model(**inputs).logits_per_image.diagonal()
     assert scores.shape == (5,)
@@ -60,14 +32,24 @@ def test_score_is_the_logit_of_clip(name, tiny_clip, images):
     assert np.ptp(scores) > 0.01
 
 
-def test_score_does_not_depend_on_the_batch_size(tiny_clip, images):
-    one, all_ = (load_scorer("clip", model=tiny_clip, batch_size=b).score(images, PROMPTS) for b in (1, 8))
+def test_score_does_not_depend_on_the_batch_size(tiny_clip):
+    one, all_ = (load_scorer("clip", model=tiny_clip, batch_size=b).score(IMAGES, PROMPTS) for b in (1, 8))
     assert one == pytest.approx(all_, abs=1e-4)
 
 
 def test_score_takes_other_image_modes_and_sizes(tiny_clip):
     scorer = load_scorer("clip", model=tiny_clip)
     assert np.isfinite(scorer.score([Image.new("L", (9, 5)), Image.new("RGBA", (5, 9))], ["a", "b"])).all()
+
+
+def test_bfloat16(tiny_clip):
+    scorer = load_scorer("clip", model=tiny_clip, dtype="bfloat16")
+    assert scorer.model.vision_model.embeddings.patch_embedding.weight.dtype == torch.bfloat16
+    assert scorer.model.text_projection.weight.dtype == torch.bfloat16
+    scores, exact = scorer.score(IMAGES, PROMPTS), load_scorer("clip", model=tiny_clip).score(IMAGES, PROMPTS)
+    # three digits are left of an embedding, and the similarity is not rounded once more
+    assert scores == pytest.approx(exact, abs=0.02 * np.exp(scorer.model.logit_scale.item()))
+    assert (scores != exact).all() and (scores != torch.tensor(scores).bfloat16().double().numpy()).all()
 
 
 def test_published_models():
@@ -81,3 +63,42 @@ def test_published_models():
 def test_a_model_that_does_not_exist(tmp_path):
     with pytest.raises(ValueError, match=r"scorer 'clip' could not load `model` '.*nowhere'"):
         load_scorer("clip", model=str(tmp_path / "nowhere"))
+
+
+def test_options_out_of_range(tiny_clip):
+    with pytest.raises(ValueError, match="`batch_size` of the scorer 'clip' is 0; it must be at least 1"):
+        load_scorer("clip", model=tiny_clip, batch_size=0)
+    with pytest.raises(ValueError, match="`dtype` of the scorer 'clip' is 'float8'; it may be float32 or bfloat16"):
+        load_scorer("clip", model=tiny_clip, dtype="float8")
+
+
+def test_weights_that_do_not_fit(tmp_path):
+    """What transformers would fill up at random, or leave out, is an error that names it."""
+    folder = save_tiny_clip(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["head.weight"] = weights.pop("visual_projection.weight")
+    weights["text_projection.weight"] = torch.zeros(8, 17)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(
+        ValueError,
+        match=r"scorer 'clip' does not hold the weights of a CLIPModel: 1 \(visual_projection.weight\) missing; "
+        r"1 \(text_projection.weight\) of another shape; 1 \(head.weight\) with no place in it\.",
+    ):
+        load_scorer("clip", model=folder)
+
+
+def test_buffers_of_old_checkpoints_do_no_harm(tmp_path):
+    """OpenAI's own and PickScore's checkpoints hold `position_ids`, saved before transformers 4.31."""
+    folder = save_tiny_clip(tmp_path)
+    expected = load_scorer("clip", model=folder).score(IMAGES, PROMPTS)
+    weights = load_file(tmp_path / "model.safetensors")
+    for tower, positions in (("text_model", 12), ("vision_model", 5)):
+        weights[f"{tower}.embeddings.position_ids"] = torch.arange(positions)[None]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    assert (load_scorer("clip", model=folder).score(IMAGES, PROMPTS) == expected).all()
+
+
+def test_images_are_resized_by_pil(tiny_clip):
+    """Also where torchvision is installed, whose resizing gives slightly other scores."""
+    processor = load_scorer("clip", model=tiny_clip).processor
+    assert type(processor.image_processor).__name__ == "CLIPImageProcessorPil"

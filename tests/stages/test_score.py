@@ -1,10 +1,11 @@
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict, Features, List, Value, load_from_disk
+from datasets import Dataset, DatasetDict, Features, List, Value
 from datasets import Image as ImageFeature
 from PIL import Image
 
 from trl_diffusion_rank import scorers
+from trl_diffusion_rank.data.loading import load_splits
 from trl_diffusion_rank.stages.score import ScoreArguments, agreement, main, rank_rows
 
 
@@ -63,7 +64,7 @@ def run(tmp_path):
         DatasetDict(train=Dataset.from_dict(rows, features=features)).save_to_disk(tmp_path / "in")
         defaults = {"dataset_name": str(tmp_path / "in"), "output_dir": str(tmp_path / "out"), "scorers": ["red"]}
         main(ScoreArguments(**(defaults | options)))
-        return load_from_disk(str(tmp_path / "out"))["train"]
+        return load_splits(str(tmp_path / "out"))["train"]
 
     return run
 
@@ -87,6 +88,76 @@ def test_two_scorers_that_disagree(run):
         ValueError, match=r"All images of every row of the split 'train' are tied.*`scorers` is \['red'"
     ):
         run(REDS, scorers=["red", "dark"])
+
+
+def test_weights_decide_between_scorers_that_disagree(run):
+    data = run(REDS, scorers=["red", {"name": "dark", "weight": 3}])
+    assert list(data["ranks"]) == [[1, 3, 2], [2, 2, 1], [1, 2]]
+    assert data["psi"][0] == pytest.approx([0.75, 0.25, 0.5])
+
+
+def test_ranks_from_one_scorer_while_others_are_recorded(run):
+    data = run(REDS, scorers=["red", "dark"], rank_by="dark")
+    assert list(data["ranks"]) == [[1, 3, 2], [2, 2, 1], [1, 2]]
+    assert list(data["score_red"]) == REDS
+
+
+def test_one_scorer_twice_with_other_labels(run):
+    data = run(REDS, scorers=["red", {"name": "red", "label": "crimson"}])
+    assert list(data["score_crimson"]) == list(data["score_red"]) == REDS
+
+
+def test_keep_leaves_the_images_that_are_spread_best(run):
+    data = run([[10, 20, 30, 40, 50], [5, 6]], keep=3)
+    assert list(data["score_red"]) == [[10, 30, 50], [5, 6]]
+    assert list(data["ranks"]) == [[3, 2, 1], [2, 1]]
+    assert list(data["psi"]) == [[0, 0.5, 1], [0, 1]]  # against all rivals, those left out too
+    assert data[0]["sources"] == ["model@0", "model@2", "model@4"]
+    assert [image.getpixel((0, 0))[0] for image in data[0]["images"]] == [10, 30, 50]
+
+
+def test_a_run_that_was_cut_off_scores_only_what_is_missing(run, monkeypatch, tmp_path):
+    whole = run(REDS, batch_size=1)
+    seen = []
+
+    class Interrupted(Red):
+        def score(self, images, prompts):
+            if len(seen) == 2:
+                raise KeyboardInterrupt
+            seen.append(prompts[0])
+            return super().score(images, prompts)
+
+    monkeypatch.setitem(globals(), "Red", Interrupted)
+    out = str(tmp_path / "again")
+    with pytest.raises(KeyboardInterrupt):
+        run(REDS, batch_size=1, output_dir=out)
+    seen.clear()
+    main(ScoreArguments(dataset_name=str(tmp_path / "in"), output_dir=out, scorers=["red"], batch_size=1))
+    assert seen == ["c"]
+    assert load_splits(out)["train"].to_dict() == whole.to_dict()
+    main(ScoreArguments(dataset_name=str(tmp_path / "in"), output_dir=out, scorers=["red"], batch_size=1))
+    assert seen == ["c"], "what is finished isn't scored again"
+
+
+def test_an_image_that_can_not_be_decoded_names_its_row(tmp_path):
+    features = Features({"prompt": Value("string"), "images": List(ImageFeature(decode=False))})
+    broken = [{"bytes": b"no image", "path": None}] * 2
+    Dataset.from_dict({"prompt": ["a"], "images": [broken]}, features=features).save_to_disk(tmp_path / "in")
+    with pytest.raises(ValueError, match="Row 0 of the split 'train': the image can't be decoded"):
+        main(ScoreArguments(dataset_name=str(tmp_path / "in"), output_dir=str(tmp_path / "out"), scorers=["red"]))
+
+
+def test_the_card_and_the_picture(run, tmp_path):
+    run(REDS)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Pairs that are tied: 14.3%" in card and "| `score_red` | list of float64 | by the scorer `red`" in card
+    assert "![Rows of images from best to worst](rows.png)" in card
+    picture = Image.open(tmp_path / "out" / "rows.png")
+    # only row 0 and 1 have three images; each is shown 96 pixels wide, the best on the left
+    assert picture.size == (120 + 3 * 102, picture.height)
+    middle = picture.height - 6 - 102 - 48
+    reds = [picture.getpixel((120 + column * 102 + 48, middle))[0] for column in range(3)]
+    assert reds == [30, 20, 10]
 
 
 def test_margin_is_in_standard_deviations(run):
@@ -128,11 +199,11 @@ def test_scoring_again_replaces_the_columns(run, tmp_path):
     run(REDS)
     again = tmp_path / "again"
     main(ScoreArguments(dataset_name=str(tmp_path / "out"), output_dir=str(again), scorers=["red"]))
-    assert list(load_from_disk(str(again))["train"]["ranks"]) == [[3, 1, 2], [1, 1, 2], [2, 1]]
+    assert list(load_splits(str(again))["train"]["ranks"]) == [[3, 1, 2], [1, 1, 2], [2, 1]]
 
 
 def test_a_score_that_is_no_number_names_its_row(run):
-    with pytest.raises(ValueError, match=r"Row 1: the scorer 'broken' gave \[nan, nan, nan\]"):
+    with pytest.raises(ValueError, match=r"Row 1 of the split 'train': the scorer 'broken' gave \[nan, nan, nan\]"):
         run(REDS, scorers=["broken"], batch_size=3)
 
 
@@ -157,9 +228,15 @@ def test_options_are_checked_before_anything_is_loaded():
         ScoreArguments()
     with pytest.raises(ValueError, match=r"'reds' is not known. Did you mean 'red'"):
         ScoreArguments(scorers=["reds"])
-    with pytest.raises(ValueError, match="each may be named once"):
+    with pytest.raises(ValueError, match="Several entries of `scorers` are called 'red'"):
         ScoreArguments(scorers=["red", "red"])
     with pytest.raises(ValueError, match="`min_margin` is -1"):
         ScoreArguments(scorers=["red"], min_margin=-1)
+    with pytest.raises(ValueError, match="`keep` is 1; it must be at least 2"):
+        ScoreArguments(scorers=["red"], keep=1)
+    with pytest.raises(ValueError, match="`rank_by` is 'blue', which is not known"):
+        ScoreArguments(scorers=["red"], rank_by="blue")
+    with pytest.raises(ValueError, match="`push_to_hub` is set and `hub_dataset_id` is not"):
+        ScoreArguments(scorers=["red"], push_to_hub=True)
     with pytest.raises(ValueError, match="`dataset_name` is not set and the stage `score` needs it"):
         main(ScoreArguments(scorers=["red"], output_dir="x"))

@@ -150,15 +150,9 @@ class Card:
 
     def render(self, rows: dict[str, int], features: Features) -> str:
         """The README as text: the Hub's metadata, counts, columns, the options it was made with."""
-        data = DatasetCardData(
-            configs=[
-                {
-                    "config_name": "default",
-                    "data_files": [{"split": split, "path": f"data/{split}-*.parquet"} for split in rows],
-                }
-            ],
-            tags=sorted({"trl-diffusion-rank", *self.tags}),
-        )
+        # No `configs`: `datasets` finds the splits by their names, and where a card lists them it caches a folder by
+        # the card alone, so that new data under the same names would be taken for the old
+        data = DatasetCardData(tags=sorted({"trl-diffusion-rank", *self.tags}))
         counts = ", ".join(f"{count:,} in `{split}`" for split, count in rows.items()) or "none"
         table = ["| column | type | meaning |", "|---|---|---|"]
         table += [

@@ -2,16 +2,21 @@
 
 import io
 import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from PIL import Image, ImageOps
 from torch import Tensor
 
 
 MAX_PIXELS = 256 * 1024 * 1024  # PIL warns at a third of this; nobody trains on a 16k x 16k image
+# What PIL reads by itself. Left to guess, it would also start Ghostscript for an EPS out of somebody's dataset
+RASTER_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 
 
 def decode_image(value: Any) -> Image.Image:
@@ -22,15 +27,15 @@ def decode_image(value: Any) -> Image.Image:
         value: a `PIL.Image.Image`, encoded `bytes`, a path, or datasets' undecoded `{"bytes": ..., "path": ...}`.
 
     Raises:
-        `ValueError`: if it can't be decoded or has more than `MAX_PIXELS` pixels.
+        `ValueError`: if it can't be decoded, is none of `RASTER_FORMATS` or has more than `MAX_PIXELS` pixels.
     """
     if isinstance(value, dict):
         value = value.get("bytes") or value.get("path")
     try:
         if isinstance(value, (bytes, bytearray)):
-            image = Image.open(io.BytesIO(value))
+            image = Image.open(io.BytesIO(value), formats=RASTER_FORMATS)
         elif isinstance(value, (str, Path)):
-            image = Image.open(value)
+            image = Image.open(value, formats=RASTER_FORMATS)
         elif isinstance(value, Image.Image):
             image = value
         else:
@@ -42,7 +47,7 @@ def decode_image(value: Any) -> Image.Image:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
-    except (OSError, SyntaxError, Image.DecompressionBombError, ValueError) as error:  # SyntaxError: a broken PNG
+    except Exception as error:  # damaged files: SyntaxError (PNG), struct.error (EXIF), RuntimeError (AVIF) and more
         raise ValueError(f"the image can't be decoded: {error}") from error
 
 
@@ -69,3 +74,37 @@ def to_uint8(images: list[Image.Image]) -> Tensor:
 def to_pixels(images: Tensor) -> Tensor:
     """uint8 (..., 3, H, W) to the float32 in [-1, 1] that VAEs take."""
     return images.float() / 127.5 - 1.0
+
+
+def decoded_batches(
+    data: Dataset, split: str, rows: list[int], batch_size: int
+) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
+    """
+    Batches of `rows` with their columns `image` and `images` decoded; the next batch is decoded while one is at work.
+
+    Args:
+        data: of the columns to read, images undecoded (`trl_diffusion_rank.data.loading.undecoded`).
+        split (`str`): as messages call it.
+
+    Raises:
+        `ValueError`: naming the row of an image that can't be decoded.
+    """
+
+    def read(batch: list[int]) -> tuple[list[int], dict[str, list[Any]]]:
+        columns = data[batch]
+        for name, decode in (("image", decode_image), ("images", lambda images: [*map(decode_image, images)])):
+            for place, value in enumerate(columns.get(name, ())):
+                try:
+                    columns[name][place] = decode(value)
+                except ValueError as error:
+                    raise ValueError(f"Row {batch[place]} of the split {split!r}: {error}") from error
+        return batch, columns
+
+    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        following = pool.submit(read, batches[0]) if batches else None
+        for batch in [*batches[1:], None]:
+            if following is not None:
+                current = following.result()
+                following = None if batch is None else pool.submit(read, batch)
+                yield current

@@ -1,8 +1,10 @@
 """Datasets by whatever name a user has for them."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, DatasetDict, IterableDataset, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Image, IterableDataset, List, load_dataset, load_from_disk
 
 
 # The builders of `datasets` by the ending of a file's name.
@@ -17,9 +19,9 @@ def load_splits(
 
     Args:
         name (`str`):
-            A folder saved with `save_to_disk`, as the stages write; a parquet, json, jsonl, csv or txt file; a folder
-            of such files, or of images with a `metadata.jsonl` (lines of `file_name`, `prompt` and `rank` or `score`,
-            or of `images_file_names`, `prompt` and `ranks`); or a dataset on the Hub.
+            A folder that a stage has written, or saved with `save_to_disk`; a parquet, json, jsonl, csv or txt file; a
+            folder of such files, or of images with a `metadata.jsonl` (lines of `file_name`, `prompt` and `rank` or
+            `score`, or of `images_file_names`, `prompt` and `ranks`); or a dataset on the Hub.
         config (`str`, *optional*):
             Configuration of a Hub dataset.
         streaming (`bool`, *optional*, defaults to `False`):
@@ -57,3 +59,26 @@ def load_rows(
         if column not in names:
             raise ValueError(f"There is no column {column!r} in {name!r}; its columns are {', '.join(names)}.")
     return rows
+
+
+def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
+    """The same data with images as `{"bytes", "path"}`: they are decoded where a bad one can be named."""
+    if isinstance(dataset, IterableDataset):
+        return dataset.decode(False) if dataset.features is not None else dataset
+    features = dataset.features.copy()
+    for column, feature in features.items():
+        if isinstance(feature, Image):
+            features[column] = Image(decode=False)
+        elif isinstance(feature, List) and isinstance(feature.feature, Image):
+            features[column] = List(Image(decode=False))
+    # `cast_column` would copy every image of a list column to a new table; only how they are read changes
+    dataset = copy.copy(dataset)
+    dataset._info = dataset.info.copy()
+    dataset._info.features = features
+    return dataset
+
+
+def embedded(image: dict[str, Any]) -> dict[str, Any]:
+    """An undecoded image with its bytes, read from its file where it has none yet."""
+    content = image["bytes"] if image["bytes"] is not None else Path(image["path"]).read_bytes()
+    return {"bytes": content, "path": None}

@@ -9,7 +9,6 @@ Read without the user's help: TRL's preference format (`prompt`, `chosen`, `reje
 images with a `metadata.jsonl` gives.
 """
 
-import copy
 import hashlib
 import logging
 import math
@@ -23,12 +22,14 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, IterableDataset, List, Value
 from datasets.fingerprint import Hasher
 
+from trl_diffusion_rank.data.loading import undecoded
+
 
 logger = logging.getLogger(__name__)
 
 IMAGES = "ranked_images"  # TRL takes a column called `images` for a vision-language dataset
 ROW_COLUMNS = ("prompt", IMAGES, "ranks", "scores", "psi", "chosen", "rejected")
-_PICKAPIC_COLUMNS = {"caption", "jpg_0", "jpg_1", "label_0"}
+PICKAPIC_COLUMNS = {"caption", "jpg_0", "jpg_1", "label_0"}
 _RAW_IMAGE = Image(decode=False)
 
 
@@ -136,7 +137,7 @@ def to_ranked(dataset: Dataset | IterableDataset, name: str) -> Dataset | Iterab
         `ValueError`: if the columns are of no accepted format.
     """
     columns = set(_column_names(dataset, name))
-    if columns >= _PICKAPIC_COLUMNS:
+    if columns >= PICKAPIC_COLUMNS:
         return _pickapic_stream(dataset) if isinstance(dataset, IterableDataset) else _merge_pickapic(dataset, name)
     if {"image", "prompt"} <= columns and columns & {"rank", "score"} and isinstance(dataset, Dataset):
         return _merge_single_images(dataset, name)
@@ -150,24 +151,7 @@ def to_ranked(dataset: Dataset | IterableDataset, name: str) -> Dataset | Iterab
             "`rejected`, Pick-a-Pic's `caption`, `jpg_0`, `jpg_1`, `label_0`, or one image a row as `image`, `prompt` "
             "and `rank` or `score`."
         )
-    return _undecoded(dataset.select_columns([column for column in ROW_COLUMNS if column in columns]))
-
-
-def _undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
-    """The same data with images as `{"bytes", "path"}`: they are decoded where a bad one can be named."""
-    if isinstance(dataset, IterableDataset):
-        return dataset.decode(False) if dataset.features is not None else dataset
-    features = dataset.features.copy()
-    for column, feature in features.items():
-        if isinstance(feature, Image):
-            features[column] = _RAW_IMAGE
-        elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            features[column] = List(_RAW_IMAGE)
-    # `cast_column` would copy every image of a list column to a new table; only how they are read changes
-    dataset = copy.copy(dataset)
-    dataset._info = dataset.info.copy()
-    dataset._info.features = features
-    return dataset
+    return undecoded(dataset.select_columns([column for column in ROW_COLUMNS if column in columns]))
 
 
 def _column_names(dataset: Dataset | IterableDataset, name: str) -> list[str]:
@@ -247,20 +231,54 @@ def _pickapic_stream(dataset: IterableDataset) -> IterableDataset:
     return dataset.map(pair_to_row, remove_columns=dataset.column_names, features=features)
 
 
-def _merge_pickapic(dataset: Dataset, name: str) -> Dataset:
-    """Pairs that share a caption to one row, its images ranked by the share of their votes won."""
-    dataset = _undecoded(dataset)  # the original stores bytes, some mirrors images
+@dataclass
+class Votes:
+    """
+    The labelled pairs of a Pick-a-Pic dataset, by caption.
+
+    Attributes:
+        images (`dict[str, dict[str, tuple[int, str]]]`): caption -> image id -> the first (row, column) that holds it.
+        pairs (`dict[str, list[tuple[str, str, float]]]`): caption -> (image id, image id, vote for the first).
+        unlabelled (`int`): pairs without a vote, left out.
+    """
+
+    images: dict[str, dict[str, tuple[int, str]]]
+    pairs: dict[str, list[tuple[str, str, float]]]
+    unlabelled: int
+
+    @property
+    def labelled(self) -> int:
+        return sum(map(len, self.pairs.values()))
+
+    @property
+    def ties(self) -> int:
+        """Votes for neither image."""
+        return sum(label == 0.5 for pairs in self.pairs.values() for _, _, label in pairs)
+
+    @property
+    def contradictions(self) -> int:
+        """Pairs of images with votes for both sides: they are divided."""
+        return sum(map(_count_contradictions, self.pairs.values()))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.labelled} pairs of {len(self.images)} captions; {self.ties} votes are ties, {self.contradictions} "
+            f"pairs have votes for both sides, {self.unlabelled} pairs without a vote are left out"
+        )
+
+
+def read_votes(dataset: Dataset, name: str) -> Votes:
+    """The votes of a Pick-a-Pic dataset, read without decoding an image; captions without space around them."""
+    dataset = undecoded(dataset)  # the original stores bytes, some mirrors images
     optional = ("has_label", "image_0_uid", "image_1_uid")
     columns = ["caption", "label_0", *(column for column in optional if column in dataset.column_names)]
     has_uids = {"image_0_uid", "image_1_uid"} <= set(columns)
-    images: dict[str, dict[str, tuple[int, str]]] = defaultdict(dict)  # caption -> image id -> its first (row, column)
-    votes: dict[str, list[tuple[str, str, float]]] = defaultdict(list)
-    unlabelled = 0
+    votes = Votes(defaultdict(dict), defaultdict(list), 0)
     for index, pair in enumerate(dataset.select_columns(columns)):
         if not pair.get("has_label", True):
-            unlabelled += 1
+            votes.unlabelled += 1
             continue
-        caption, label = pair["caption"], pair["label_0"]
+        caption, label = pair["caption"].strip(), pair["label_0"]
         if label not in (0.0, 0.5, 1.0):
             raise BadRowError(f"Row {index} of the {name} dataset: `label_0` must be 0, 0.5 or 1, got {label!r}.")
         ids = (
@@ -269,21 +287,19 @@ def _merge_pickapic(dataset: Dataset, name: str) -> Dataset:
             else [hashlib.sha256(_encoded(dataset[index][c])["bytes"]).hexdigest() for c in ("jpg_0", "jpg_1")]
         )
         for image_id, column in zip(ids, ("jpg_0", "jpg_1"), strict=True):
-            images[caption].setdefault(image_id, (index, column))
-        votes[caption].append((ids[0], ids[1], float(label)))
+            votes.images[caption].setdefault(image_id, (index, column))
+        votes.pairs[caption].append((ids[0], ids[1], float(label)))
+    return votes
 
-    contradictions = sum(_count_contradictions(pairs) for pairs in votes.values())
-    logger.info(
-        f"Merged {len(dataset) - unlabelled} Pick-a-Pic pairs of the {name} dataset into {len(images)} ranked lists; "
-        f"{unlabelled} pairs without a label left out, {contradictions} pairs with votes for both sides."
-    )
-    if contradictions:
-        logger.warning(f"{contradictions} pairs of the {name} dataset have votes for both sides: they are divided.")
+
+def merge_votes(dataset: Dataset, votes: Votes) -> Dataset:
+    """One row for each caption of `votes`, its images ranked by the share of their votes that they won."""
+    dataset = undecoded(dataset)
 
     def rows() -> Iterator[dict[str, Any]]:
-        for caption, places in images.items():
+        for caption, places in votes.images.items():
             won, met = Counter(), Counter()
-            for first, second, label in votes[caption]:
+            for first, second, label in votes.pairs[caption]:
                 won[first] += label
                 won[second] += 1.0 - label
                 met.update((first, second))
@@ -295,7 +311,18 @@ def _merge_pickapic(dataset: Dataset, name: str) -> Dataset:
                 "psi": share,
             }
 
-    return _from_rows(rows, ("pickapic", dataset._fingerprint), with_psi=True)
+    return _from_rows(rows, ("pickapic", dataset._fingerprint, list(votes.images)), with_psi=True)
+
+
+def _merge_pickapic(dataset: Dataset, name: str) -> Dataset:
+    """Pairs that share a caption to one row."""
+    votes = read_votes(dataset, name)
+    logger.info(f"Merged the Pick-a-Pic pairs of the {name} dataset into ranked lists: {votes}.")
+    if votes.contradictions:
+        logger.warning(
+            f"{votes.contradictions} pairs of the {name} dataset have votes for both sides: they are divided."
+        )
+    return merge_votes(dataset, votes)
 
 
 def _count_contradictions(pairs: list[tuple[str, str, float]]) -> int:
@@ -313,7 +340,7 @@ def _count_contradictions(pairs: list[tuple[str, str, float]]) -> int:
 def _merge_single_images(dataset: Dataset, name: str) -> Dataset:
     """Rows that share a prompt to one ranked row."""
     value_column = "rank" if "rank" in dataset.column_names else "score"
-    dataset = _undecoded(dataset)
+    dataset = undecoded(dataset)
     members: dict[str, list[int]] = defaultdict(list)
     values = dataset[value_column][:]
     for index, prompt in enumerate(dataset["prompt"]):

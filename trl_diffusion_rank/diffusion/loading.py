@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import BitsAndBytesConfig as DenoiserQuantizationConfig
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
-from transformers import BitsAndBytesConfig
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from trl_diffusion_rank.digits import digits_model_path
@@ -63,6 +63,21 @@ def load_pipeline(
         ) from error
     finally:
         transformers_logging.set_verbosity(level)
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of that Hub id or folder, or the first one of the diffusers pipeline there, or of `digits`."""
+    path = digits_model_path() if model == "digits" else model
+    error: Exception | None = None
+    for subfolder in ("", "tokenizer"):
+        try:
+            return AutoTokenizer.from_pretrained(path, subfolder=subfolder)
+        except (OSError, ValueError) as reason:
+            error = error or reason
+    raise ValueError(
+        f"No tokenizer can be loaded from {model!r}: {str(error).strip().splitlines()[0]} Name a tokenizer or a "
+        "diffusers pipeline, by Hub id or folder."
+    ) from error
 
 
 def check_can_quantize() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,15 @@ if TYPE_CHECKING:
 
 # What `dtype` may be.
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+class NameOrMapping(dict):
+    """An entry of a list that is a name, or a mapping: in a recipe as it is, on the command line as JSON."""
+
+    def __init__(self, value: str | dict[str, Any]):
+        if isinstance(value, str):
+            value = json.loads(value) if value.lstrip().startswith("{") else {"name": value}
+        super().__init__(value)
 
 
 @dataclass

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trl_diffusion_rank.scorers import known_scorers
+from trl_diffusion_rank.scorers import check_scorer, known_scorers
 from trl_diffusion_rank.stages._common import (
     DTYPES,
     check_at_least,
@@ -115,6 +115,8 @@ class EvaluateArguments:
             raise ValueError("`judges` is empty; name `digits` or a scorer, for example --judges pickscore.")
         for name in self.judges:
             check_choice("judges", name, ("digits", *known_scorers()))
+            if name != "digits":
+                check_scorer(name)  # whose package may not be installed
         if not self.num_inference_steps:
             raise ValueError("`num_inference_steps` is empty; give at least one number of steps.")
         for steps in self.num_inference_steps:

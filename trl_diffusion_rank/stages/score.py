@@ -3,106 +3,119 @@
     trl-diffusion-rank score --dataset_name runs/mine/generate --scorers pickscore clip --output_dir runs/mine/score
 
 Adds to the rows `score_<name>` for each scorer, `psi` (the share of scorers and rivals that an image wins against,
-ties one half) and `ranks` by `psi` (1 best, ties equal). With one scorer the ranks are its order.
+ties one half, scorers by their weight) and `ranks` by `psi` (1 best, ties equal). With one scorer the ranks are its
+order. In a recipe a scorer may have a weight and options of its own, and `keep` leaves out images that say little:
+
+    score:
+      scorers: [pickscore, {name: clip, weight: 0.5, model: laion/CLIP-ViT-H-14-laion2B-s32B-b79K}]
+      keep: 4
+
+Every finished batch of scores is on disk; processes share the rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from trl_diffusion_rank.scorers import check_scorer
-from trl_diffusion_rank.stages._common import check_at_least, format_table, is_main_process, require
+from trl_diffusion_rank.scorers import read_scorers
+from trl_diffusion_rank.stages._common import (
+    NameOrMapping,
+    PublishingOptions,
+    check_at_least,
+    check_choice,
+    format_table,
+    process_state,
+    require,
+)
 
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from collections.abc import Iterator
 
+    from datasets import Dataset
+    from PIL.Image import Image
+
+    from trl_diffusion_rank.data.parts import Parts
     from trl_diffusion_rank.scorers import Scorer
 
 
 HELP = "score the images and rank them"
-INPUTS = {"dataset_name": "generate"}
+INPUTS = {"dataset_name": ("generate", "prompts")}
+
+# Columns with an entry for each image of a row, beside the scores
+PER_IMAGE = ("images", "sources", "seeds", "psi", "ranks", "scores")
+# Rows in the picture, and the most images of a row in it
+PICTURE_ROWS, PICTURE_COLUMNS = 8, 10
 
 
 @dataclass
-class ScoreArguments:
+class ScoreArguments(PublishingOptions):
     """
     Arguments of the stage `score`.
 
     Args:
         dataset_name (`str`, *optional*):
-            Dataset with the columns `prompt` and `images`; in a run the images of the stage `generate`.
-        scorers (`list[str]`, *optional*):
-            Names of scorers, built in (`clip`, `pickscore`, `digits_clean`) or from installed packages.
+            Dataset with the columns `prompt` and `images`; in a run the images of the stage `generate`, or those that
+            `prompts` has kept.
+        scorers (`list`, *optional*):
+            Names of scorers, built in or from installed packages, or mappings with the keys `name`, `label` (what the
+            column `score_<label>` is called), `weight` and the scorer's own options. On the command line a mapping is
+            a piece of JSON.
+        rank_by (`str`, *optional*, defaults to `"psi"`):
+            What the ranks come from: `psi`, or the label of one scorer, the others being scored for the record.
         batch_size (`int`, *optional*, defaults to `32`):
-            Rows that are decoded at once.
+            Rows that are decoded at once, and written at once.
         min_margin (`float`, *optional*, defaults to `0.0`):
             Images of one prompt whose scores differ by no more than this are tied. In standard deviations of the
             scorer's scores over the dataset, so that one number serves scorers of any scale.
+        keep (`int`, *optional*):
+            Images of a row that are kept: the best, the worst and those between that are spread best in `psi`. All
+            when unset.
         output_dir (`str`, *optional*):
-            Folder the ranked rows are saved to.
+            Folder of the ranked rows.
     """
 
     dataset_name: str | None = field(
         default=None,
         metadata={"help": "Dataset with columns `prompt` and `images`; in a run the output of `generate`."},
     )
-    scorers: list[str] | None = field(
-        default=None, metadata={"help": "Names of scorers: clip, pickscore, digits_clean, or an installed package's."}
+    scorers: list[NameOrMapping] | None = field(
+        default=None,
+        metadata={
+            "help": "Scorers: names (clip, pickscore, laion_aesthetic, ..., or an installed package's), or mappings "
+            "(JSON on the command line) with the keys name, label, weight and the scorer's own options."
+        },
     )
-    batch_size: int = field(default=32, metadata={"help": "Rows that are decoded at once."})
+    rank_by: str = field(
+        default="psi", metadata={"help": "What the ranks come from: psi, or the label of one scorer."}
+    )
+    batch_size: int = field(default=32, metadata={"help": "Rows that are decoded and written at once."})
     min_margin: float = field(
         default=0.0,
         metadata={"help": "Scores that differ by no more are tied, in standard deviations of the scorer's scores."},
     )
-    output_dir: str | None = field(default=None, metadata={"help": "Folder the ranked rows are saved to."})
+    keep: int | None = field(
+        default=None, metadata={"help": "Images of a row that are kept, those spread best; all when unset."}
+    )
+    output_dir: str | None = field(default=None, metadata={"help": "Folder of the ranked rows."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.scorers:
             raise ValueError("`scorers` is empty; name at least one, for example --scorers pickscore.")
-        if len(set(self.scorers)) < len(self.scorers):
-            raise ValueError(f"`scorers` is {self.scorers}; each may be named once.")
-        for name in self.scorers:
-            check_scorer(name)
+        specs = read_scorers(self.scorers)  # here and not in `main`: a run refuses them before its first stage
+        check_choice("rank_by", self.rank_by, ("psi", *(spec.label for spec in specs)))
         check_at_least(1, batch_size=self.batch_size)
         check_at_least(0, min_margin=self.min_margin)
+        check_at_least(2, keep=self.keep)
 
 
 def argument_classes() -> tuple[type, ...]:
     return (ScoreArguments,)
 
 
-def score_rows(scorer: Scorer, data: Dataset, batch_size: int) -> list[list[float]]:
-    """A scorer's numbers for every image of every row. A number that is none is an error that names the row."""
-    import numpy as np
-    from tqdm import tqdm
-
-    scores: list[list[float]] = []
-    with tqdm(total=len(data), desc=scorer.name, unit="row") as bar:
-        for batch in data.select_columns(["prompt", "images"]).iter(batch_size):
-            sizes = [len(images) for images in batch["images"]]
-            flat = np.asarray(
-                scorer.score(
-                    [image for images in batch["images"] for image in images],
-                    [prompt for prompt, n in zip(batch["prompt"], sizes, strict=True) for _ in range(n)],
-                ),
-                dtype=np.float64,
-            )
-            if flat.shape != (sum(sizes),):
-                raise ValueError(
-                    f"The scorer {scorer.name!r} returned shape {flat.shape} for {sum(sizes)} images; it must return "
-                    "one number for each."
-                )
-            for row in np.split(flat, np.cumsum(sizes)[:-1]):
-                if not np.isfinite(row).all():
-                    raise ValueError(
-                        f"Row {len(scores)}: the scorer {scorer.name!r} gave {row.tolist()}; every score must be a "
-                        "finite number. Look at the row's images, or leave the row or the scorer out."
-                    )
-                scores.append(row.tolist())
-            bar.update(len(sizes))
-    return scores
+# scoring ---------------------------------------------------------------
 
 
 def check_rows(data: Dataset, split: str) -> None:
@@ -118,13 +131,52 @@ def check_rows(data: Dataset, split: str) -> None:
             raise ValueError(f"Row {index} of the split {split!r} has {n} images; a ranking needs at least two.")
 
 
-def rank_rows(scores: list[list[list[float]]], min_margin: float) -> tuple[list[list[float]], list[list[int]]]:
+def score_rows(
+    scorer: Scorer, label: str, data: Dataset, split: str, rows: list[int], batch_size: int, parts: Parts, quiet: bool
+) -> None:
+    """Write a scorer's numbers for every image of `rows`. A number that is none is an error that names the row."""
+    import numpy as np
+    from tqdm import tqdm
+
+    from trl_diffusion_rank.data.images import decoded_batches
+
+    data = data.select_columns(["prompt", "images"])
+    with tqdm(total=len(rows), desc=f"{label}, {split}", unit="row", disable=quiet) as bar:
+        for batch, columns in decoded_batches(data, split, rows, batch_size):
+            sizes = [len(images) for images in columns["images"]]
+            images = [image for images in columns["images"] for image in images]
+            prompts = [prompt for prompt, n in zip(columns["prompt"], sizes, strict=True) for _ in range(n)]
+            flat = np.asarray(scorer.score(images, prompts), dtype=np.float64)
+            if flat.shape != (sum(sizes),):
+                raise ValueError(
+                    f"The scorer {label!r} returned shape {flat.shape} for {sum(sizes)} images; it must return one "
+                    "number for each."
+                )
+            scores = [of_row.tolist() for of_row in np.split(flat, np.cumsum(sizes)[:-1])]
+            for row, of_row in zip(batch, scores, strict=True):
+                if not np.isfinite(of_row).all():
+                    raise ValueError(
+                        f"Row {row} of the split {split!r}: the scorer {label!r} gave {of_row}; every score must be a "
+                        "finite number. Look at the row's images, or leave the row or the scorer out."
+                    )
+            n = len(batch)
+            parts.write({"scorer": [label] * n, "split": [split] * n, "row": batch, "scores": scores})
+            bar.update(n)
+
+
+# ranking ---------------------------------------------------------------
+
+
+def rank_rows(
+    scores: list[list[list[float]]], min_margin: float, weights: list[float] | None = None
+) -> tuple[list[list[float]], list[list[int]]]:
     """
     `psi` and `ranks` of every row.
 
     Args:
         scores: for each of S scorers and each row, n numbers.
         min_margin: in standard deviations of each scorer's numbers.
+        weights: of the S scorers; equal when unset.
     """
     import numpy as np
 
@@ -132,8 +184,18 @@ def rank_rows(scores: list[list[list[float]]], min_margin: float) -> tuple[list[
     from trl_diffusion_rank.scorers.aggregate import win_shares
 
     margins = np.array([min_margin * np.concatenate(of_scorer).std() for of_scorer in scores])  # (S,)
-    psi = [win_shares(np.array(row), margins) for row in zip(*scores, strict=True)]
+    weights = np.ones(len(scores)) if weights is None else np.array(weights)  # (S,)
+    psi = [win_shares(np.array(row), margins, weights) for row in zip(*scores, strict=True)]
     return [row.tolist() for row in psi], [dense_ranks(row.tolist()) for row in psi]
+
+
+def kept_images(psi: list[list[float]], keep: int | None) -> list[list[int]]:
+    """Which images of every row are kept, in their order."""
+    import numpy as np
+
+    from trl_diffusion_rank.scorers.aggregate import spread_best
+
+    return [list(range(len(row))) if keep is None else spread_best(np.array(row), keep).tolist() for row in psi]
 
 
 def agreement(first: list[list[float]], second: list[list[float]]) -> float:
@@ -145,67 +207,169 @@ def agreement(first: list[list[float]], second: list[list[float]]) -> float:
     return float(np.mean([kendalltau(a, b).statistic for a, b in varied])) if varied else float("nan")
 
 
-def summary(data: Dataset, names: list[str]) -> str:
-    """Mean scores and ranks by source, the share of ties, and how far the scorers agree."""
+def summary(scores: dict[str, list[list[float]]], ranks: list[list[int]], sources: list[list[str]] | None) -> str:
+    """Mean scores and ranks by source, the share of ties, and how far the scorers agree; over all images."""
     import numpy as np
 
-    columns = {name: np.concatenate(data[f"score_{name}"]) for name in names}
-    ranks = np.concatenate(data["ranks"])
-    if "sources" in data.column_names:
-        sources = np.concatenate(data["sources"])
-    else:
-        sources = np.full(len(ranks), "all images")
-    rows = []
-    for source in dict.fromkeys(sources.tolist()):
-        own = sources == source
-        cells = [f"{own.sum()}", *(f"{columns[name][own].mean():.3f}" for name in names), f"{ranks[own].mean():.2f}"]
-        rows.append([source, *cells])
-    text = format_table(["source", "images", *names, "mean rank"], rows)
-    n = np.array([len(row) for row in data["ranks"]])
-    pairs = n * (n - 1) / 2
-    tied = [sum(m * (m - 1) / 2 for m in np.unique(row, return_counts=True)[1]) for row in data["ranks"]]
-    text += f"\nPairs that are tied: {sum(tied) / pairs.sum():.1%}"
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            tau = agreement(list(data[f"score_{first}"]), list(data[f"score_{second}"]))
-            text += f"\nKendall tau of {first} and {second}, mean over rows: {tau:.2f}"
+    columns = {label: np.concatenate(rows) for label, rows in scores.items()}
+    flat = np.concatenate(ranks)
+    source_of = np.full(len(flat), "all images") if sources is None else np.concatenate(sources)
+    table = []
+    for source in dict.fromkeys(source_of.tolist()):
+        own = source_of == source
+        means = (f"{column[own].mean():.3f}" for column in columns.values())
+        table.append([source, f"{own.sum()}", *means, f"{flat[own].mean():.2f}"])
+    text = format_table(["source", "images", *columns, "mean rank"], table)
+    n = np.array([len(row) for row in ranks])
+    tied = [sum(m * (m - 1) / 2 for m in np.unique(row, return_counts=True)[1]) for row in ranks]
+    text += f"\n\nPairs that are tied: {sum(tied) / (n * (n - 1) / 2).sum():.1%}"
+    labels = list(scores)
+    for i, first in enumerate(labels):
+        for second in labels[i + 1 :]:
+            tau = agreement(scores[first], scores[second])
+            text += f"\n\nKendall tau of {first} and {second}, mean over rows: {tau:.2f}"
     return text
+
+
+def picture(data: Dataset, ranks: list[list[int]], kept: list[list[int]]) -> Image:
+    """A few rows of the dataset, spread over it, the images of each from best to worst."""
+    from trl_diffusion_rank.data.images import decode_image
+    from trl_diffusion_rank.evaluation.grid import image_grid
+
+    longest = min(PICTURE_COLUMNS, max(map(len, kept)))
+    full = [index for index, row in enumerate(kept) if len(row) >= longest]
+    chosen = full[:: max(1, len(full) // PICTURE_ROWS)][:PICTURE_ROWS]
+    rows = []
+    for index in chosen:
+        row = data[index]
+        order = sorted(kept[index], key=lambda image: ranks[index][image])
+        if len(order) > longest:  # the best and the worst stay
+            order = [order[round(i * (len(order) - 1) / (longest - 1))] for i in range(longest)]
+        rows.append((row["prompt"], [decode_image(row["images"][image]) for image in order]))
+    return image_grid(rows, ["best", *[""] * (longest - 2), "worst"])
+
+
+# the stage -------------------------------------------------------------
+
+
+def ranked_batches(
+    data: Dataset, columns: dict[str, list[list[Any]]], kept: list[list[int]], batch_size: int
+) -> Iterator[dict[str, list[Any]]]:
+    """The rows with their new `columns`, and of each the images that are kept."""
+    from trl_diffusion_rank.data.loading import embedded
+    from trl_diffusion_rank.data.ranked_rows import dense_ranks
+
+    start = 0
+    for batch in data.iter(batch_size):
+        rows = range(start, start + len(batch["prompt"]))
+        start = rows.stop
+        batch |= {name: [values[row] for row in rows] for name, values in columns.items()}
+        for name, values in batch.items():
+            if name in PER_IMAGE or name.startswith("score_"):
+                batch[name] = [[value[i] for i in kept[row]] for row, value in zip(rows, values, strict=True)]
+        # Where images are left out the ranks of the others close up
+        batch["ranks"] = [dense_ranks([-rank for rank in ranks]) for ranks in batch["ranks"]]
+        batch["images"] = [[embedded(image) for image in images] for images in batch["images"]]
+        yield batch
 
 
 def main(args: ScoreArguments) -> None:
     require("score", dataset_name=args.dataset_name, output_dir=args.output_dir)
-    if not is_main_process():
-        return
-    from datasets import DatasetDict
+    specs = read_scorers(args.scorers)
+    from datasets import Features, Image, List, Value
 
-    from trl_diffusion_rank.data.loading import load_splits
-    from trl_diffusion_rank.scorers import load_scorer
+    from trl_diffusion_rank.data.artefact import Artefact, Card
+    from trl_diffusion_rank.data.loading import load_splits, undecoded
+    from trl_diffusion_rank.versions import package_versions
 
-    splits = load_splits(args.dataset_name)
+    state = process_state()
+    splits = {split: undecoded(data) for split, data in load_splits(args.dataset_name).items()}
     for split, data in splits.items():
         check_rows(data, split)
+    made_of = {
+        "scorers": [asdict(spec) for spec in specs],
+        "ranking": (args.rank_by, args.min_margin, args.keep),
+        "input": {split: data._fingerprint for split, data in splits.items()},
+    }
+    artefact = Artefact(args.output_dir, made_of)
+    if artefact.finished:
+        if state.is_main_process:
+            print(f"The ranked rows in {args.output_dir} are finished.")
+            args.publish(args.output_dir)
+        return
 
-    ranked = {}
+    key = ("scorer", "split", "row")
+    kinds = {"scorer": Value("string"), "split": Value("string"), "row": Value("int64")}
+    parts = artefact.parts("scores", key, Features(kinds | {"scores": List(Value("float64"))}))
+    done = parts.scan()
+    state.wait_for_everyone()  # all have looked before the first one writes
+    for spec in specs:
+        rest = {
+            split: [row for row in range(len(data)) if (spec.label, split, row) not in done]
+            for split, data in splits.items()
+        }
+        mine = {split: rows[state.process_index :: state.num_processes] for split, rows in rest.items()}
+        if any(mine.values()):
+            scorer = spec.load()  # one scorer in memory at a time
+            for split, rows in mine.items():
+                quiet = not state.is_main_process
+                score_rows(scorer, spec.label, splits[split], split, rows, args.batch_size, parts, quiet)
+            del scorer
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return
+
+    parts.scan()
+    ranked, kinds, sections, chosen = {}, {}, {}, None
     for split, data in splits.items():
-        scores = []
-        for name in args.scorers:
-            scores.append(score_rows(load_scorer(name), data, args.batch_size))  # one scorer in memory at a time
-        psi, ranks = rank_rows(scores, args.min_margin)
+        scores = {}
+        for spec in specs:
+            results = parts.read([(spec.label, split, row) for row in range(len(data))], columns=["scores"])
+            scores[spec.label] = [result["scores"] for result in results]
+        if args.rank_by == "psi":
+            ranking = list(scores.values()), args.min_margin, [spec.weight for spec in specs]
+        else:
+            ranking = [scores[args.rank_by]], args.min_margin
+        psi, ranks = rank_rows(*ranking)
         if all(max(row) == 1 for row in ranks):
             raise ValueError(
                 f"All images of every row of the split {split!r} are tied, so there is nothing to learn from. "
-                f"`scorers` is {args.scorers} and `min_margin` is {args.min_margin}: lower the margin, or use scorers "
-                "that tell these images apart."
+                f"`scorers` is {[spec.label for spec in specs]} and `min_margin` is {args.min_margin}: lower the "
+                "margin, or use scorers that tell these images apart."
             )
-        columns = {f"score_{name}": row for name, row in zip(args.scorers, scores, strict=True)}
-        columns |= {"psi": psi, "ranks": ranks}
-        data = data.remove_columns([column for column in columns if column in data.column_names])
-        for column, values in columns.items():
-            data = data.add_column(column, values)
-        ranked[split] = data
-        print(f"{split}\n{summary(data, args.scorers)}")
-    DatasetDict(ranked).save_to_disk(args.output_dir)
-    print(f"{sum(map(len, ranked.values()))} ranked rows, in {args.output_dir}")
+        sources = list(data["sources"]) if "sources" in data.column_names else None
+        text = summary(scores, ranks, sources)
+        print(f"{split}\n{text}")
+        sections[f"Scores, {split}"] = text
+        kept = kept_images(psi, args.keep)
+        if chosen is None:
+            chosen = picture(data, ranks, kept)
+        columns = {f"score_{label}": rows for label, rows in scores.items()} | {"psi": psi, "ranks": ranks}
+        data = data.remove_columns([name for name in (*columns, "scores") if name in data.column_names])
+        ranked[split] = ranked_batches(data, columns, kept, args.batch_size)
+        kinds = data.features | {name: List(Value("float64")) for name in columns} | {"ranks": List(Value("int32"))}
+    chosen.save(artefact.folder / "rows.png")
+    sections["A few rows, from best to worst"] = "![Rows of images from best to worst](rows.png)"
+    kinds["images"] = List(Image())
+    card = Card(
+        title="Ranked images",
+        text="Each row is a prompt and its images, ranked by what scorers say of them.",
+        columns={
+            "images": "images of the prompt",
+            "sources": "which generator each image is from",
+            "psi": "share of scorers and rivals that each image wins against, ties one half",
+            "ranks": "1 is the best, ties are equal",
+            **{f"score_{spec.label}": f"by the scorer `{spec.name}`, higher is better" for spec in specs},
+        },
+        stage="score",
+        options=asdict(args),
+        versions=package_versions(),
+        sections=sections,
+        tags=["preference", "text-to-image"],
+    )
+    counts = artefact.save(ranked, Features(kinds), card)
+    print(f"{sum(counts.values())} ranked rows, in {args.output_dir}")
+    args.publish(args.output_dir)
 
 
 if __name__ == "__main__":
