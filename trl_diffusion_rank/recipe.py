@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 STAGES: dict[str, str] = {
     "prompts": "trl_diffusion_rank.stages.prompts",
+    "caption": "trl_diffusion_rank.stages.caption",
     "generate": "trl_diffusion_rank.stages.generate",
     "score": "trl_diffusion_rank.stages.score",
     "dpo": "trl_diffusion_rank.stages.dpo",
@@ -368,7 +369,7 @@ def usage_errors(parser: "TrlParser") -> Iterator[None]:
     dataclass's `__post_init__`."""
     try:
         yield
-    except (TypeError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:
         parser.error(str(error))
 
 
@@ -406,7 +407,7 @@ def run_stage(stage: str) -> None:
         stage_module(stage).main(*arguments)
     except KeyboardInterrupt:
         sys.exit(130)  # the launching process says what to do next
-    except (TypeError, ValueError) as error:
+    except (ImportError, TypeError, ValueError) as error:
         folder = Path(next(args.output_dir for args in arguments if hasattr(args, "output_dir")))
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "traceback.txt").write_text(traceback.format_exc())

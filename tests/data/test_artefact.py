@@ -147,7 +147,7 @@ def test_only_the_dataset_is_pushed(tmp_path, monkeypatch):
     assert url == "https://huggingface.co/datasets/me/ranked"
     assert _Hub.sent["repo_id"] == "me/ranked"
     assert (_Hub.sent["private"], _Hub.sent["type"], _Hub.sent["repo_type"]) == (True, "dataset", "dataset")
-    assert _Hub.sent["allow_patterns"] == ["README.md", "data/*.parquet", "*.png"]
+    assert _Hub.sent["allow_patterns"] == ["README.md", "data/*.parquet", "*.jsonl", "*.png"]
 
 
 def test_a_refused_push_says_that_nothing_is_lost(tmp_path, monkeypatch):

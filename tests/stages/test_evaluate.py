@@ -8,6 +8,7 @@ from PIL import Image
 
 from trl_diffusion_rank.diffusion import sampling
 from trl_diffusion_rank.evaluation import judges
+from trl_diffusion_rank.scorers import SCORERS
 from trl_diffusion_rank.stages.evaluate import EvaluateArguments, main
 
 
@@ -30,7 +31,7 @@ class Bright(judges.Judge):
 @pytest.fixture(autouse=True)
 def bright(monkeypatch):
     monkeypatch.setattr(judges, "load_judge", lambda name: Bright())
-    monkeypatch.setattr("trl_diffusion_rank.stages.evaluate.known_scorers", lambda: {"bright": ""})
+    monkeypatch.setitem(SCORERS, "bright", "")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ What a stage leaves behind: a dataset as parquet files with its images inside, a
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Features
+from datasets import Dataset, Features
 from huggingface_hub import DatasetCard, DatasetCardData, HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
@@ -29,6 +30,8 @@ ROWS_PER_GROUP = 32
 BYTES_PER_FILE = 500 * 2**20
 
 FINISHED = "artefact.json"
+# Options that say where a dataset goes and not what it is
+PRIVATE = ("output_dir", "push_to_hub", "hub_dataset_id", "hub_private_repo")
 
 
 class Artefact:
@@ -49,11 +52,18 @@ class Artefact:
     @property
     def finished(self) -> bool:
         path = self.folder / FINISHED
-        return path.is_file() and json.loads(path.read_text())["made_of"] == self.digest
+        if not path.is_file() or json.loads(path.read_text())["made_of"] != self.digest:
+            return False
+        shutil.rmtree(self._partial, ignore_errors=True)  # a kill may have come between the two
+        return True
+
+    @property
+    def _partial(self) -> Path:
+        return self.folder / f"partial-{self.digest}"
 
     def parts(self, name: str, key: tuple[str, ...], features: Features) -> Parts:
         """The finished pieces of one kind, kept until the artefact is saved."""
-        return Parts(self.folder / f"partial-{self.digest}" / name, key, features)
+        return Parts(self._partial / name, key, features)
 
     def save(
         self, splits: dict[str, Iterable[dict[str, list[Any]]]], features: Features, card: "Card"
@@ -76,10 +86,24 @@ class Artefact:
         shutil.rmtree(self.folder / "data", ignore_errors=True)
         unfinished.rename(self.folder / "data")
         (self.folder / "README.md").write_text(card.render(counts, features), encoding="utf-8")
-        (self.folder / FINISHED).write_text(json.dumps({"made_of": self.digest, "rows": counts}) + "\n")
+        finished = self.folder / f"{FINISHED}.tmp"  # half of it would be read as neither finished nor not
+        finished.write_text(json.dumps({"made_of": self.digest, "rows": counts}) + "\n")
+        finished.replace(self.folder / FINISHED)
         for partial in self.folder.glob("partial-*"):
             shutil.rmtree(partial)
         return counts
+
+
+def common_features(splits: dict[str, Dataset]) -> Features:
+    """The features of all splits. Different ones could not be saved as one dataset, which is told before the work."""
+    (first, data), *others = splits.items()
+    for split, other in others:
+        if other.features != data.features:
+            raise ValueError(
+                f"The splits {first!r} and {split!r} have different columns, {dict(data.features)} and "
+                f"{dict(other.features)}: give them the same, of the same types."
+            )
+    return data.features.copy()
 
 
 def write_split(folder: Path, split: str, batches: Iterable[dict[str, list[Any]]], features: Features) -> int:
@@ -95,7 +119,8 @@ def write_split(folder: Path, split: str, batches: Iterable[dict[str, list[Any]]
                 if writer is not None:
                     writer.close()
                 paths.append(folder / f"{split}-{len(paths):05d}.parquet")
-                writer, size = pq.ParquetWriter(paths[-1], schema), 0
+                # Dictionaries and statistics of images are nothing but time
+                writer, size = pq.ParquetWriter(paths[-1], schema, use_dictionary=False, write_statistics=False), 0
             writer.write_table(table)
             size += table.nbytes
             rows += len(table)
@@ -103,6 +128,8 @@ def write_split(folder: Path, split: str, batches: Iterable[dict[str, list[Any]]
         if writer is not None:
             writer.close()
     for index, path in enumerate(paths):
+        with open(path, "rb") as file:
+            os.fsync(file.fileno())  # the pieces, which a power cut leaves, are removed after this
         path.rename(folder / f"{split}-{index:05d}-of-{len(paths):05d}.parquet")
     return rows
 
@@ -158,7 +185,8 @@ class Card:
         table += [
             f"| `{name}` | {_type_name(kind)} | {self.columns.get(name, '')} |" for name, kind in features.items()
         ]
-        made = {"stage": self.stage, "options": self.options, "versions": self.versions}
+        options = {name: public(value) for name, value in self.options.items() if name not in PRIVATE}
+        made = {"stage": self.stage, "options": options, "versions": self.versions}
         body = [
             f"# {self.title}",
             self.text,
@@ -170,6 +198,15 @@ class Card:
             "```json\n" + json.dumps(made, indent=2, default=str, ensure_ascii=False) + "\n```",
         ]
         return str(DatasetCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n"))
+
+
+def public(value: Any) -> Any:
+    """An option as a card shows it, which the world may read: of a path on this machine only the last name."""
+    if isinstance(value, dict):
+        return {name: public(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [public(item) for item in value]
+    return Path(value).name if isinstance(value, str) and os.path.exists(value) else value
 
 
 def _type_name(feature: Any) -> str:
@@ -197,7 +234,7 @@ def push_dataset(folder: str | Path, repo_id: str, private: bool | None = None) 
             repo_id=url.repo_id,
             repo_type="dataset",
             folder_path=folder,
-            allow_patterns=["README.md", "data/*.parquet", "*.png"],
+            allow_patterns=["README.md", "data/*.parquet", "*.jsonl", "*.png"],
             delete_patterns=["data/*.parquet"],
             commit_message="Upload with trl-diffusion-rank",
         )

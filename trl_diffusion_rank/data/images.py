@@ -77,14 +77,15 @@ def to_pixels(images: Tensor) -> Tensor:
 
 
 def decoded_batches(
-    data: Dataset, split: str, rows: list[int], batch_size: int
+    data: Dataset, split: str, batches: list[list[int]]
 ) -> Iterator[tuple[list[int], dict[str, list[Any]]]]:
     """
-    Batches of `rows` with their columns `image` and `images` decoded; the next batch is decoded while one is at work.
+    Batches of rows with their columns `image` and `images` decoded; the next batch is decoded while one is at work.
 
     Args:
         data: of the columns to read, images undecoded (`trl_diffusion_rank.data.loading.undecoded`).
         split (`str`): as messages call it.
+        batches: the numbers of their rows.
 
     Raises:
         `ValueError`: naming the row of an image that can't be decoded.
@@ -100,7 +101,6 @@ def decoded_batches(
                     raise ValueError(f"Row {batch[place]} of the split {split!r}: {error}") from error
         return batch, columns
 
-    batches = [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
     with ThreadPoolExecutor(max_workers=1) as pool:
         following = pool.submit(read, batches[0]) if batches else None
         for batch in [*batches[1:], None]:

@@ -6,11 +6,12 @@ of them becomes one parquet file that appears complete or not at all. Started ag
 there and makes the others; with how large batches or how many processes the first ones were made doesn't matter.
 """
 
+import errno
 import hashlib
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ class Parts:
             try:
                 columns = pq.read_table(path, columns=list(self.key)).to_pydict()
             except (pa.ArrowInvalid, OSError) as error:
+                # A file that is damaged has no error number: one that another process has just removed has, and one
+                # of a network drive that is away, which must not cost the results
+                if getattr(error, "errno", None) not in (None, errno.ENOENT):
+                    raise
                 logger.warning(f"{path} can't be read ({error}); what it held is made again.")
                 path.unlink(missing_ok=True)
                 continue
@@ -69,7 +74,7 @@ class Parts:
         path = self.folder / f"{hashlib.blake2b(keys.encode(), digest_size=12).hexdigest()}.parquet"
         unfinished = path.with_suffix(f".{os.getpid()}.tmp")
         with open(unfinished, "wb") as file:
-            pq.write_table(table, file)
+            pq.write_table(table, file, use_dictionary=False, write_statistics=False)  # of images they cost time only
             file.flush()
             os.fsync(file.fileno())
         unfinished.replace(path)
@@ -79,6 +84,12 @@ class Parts:
         The results of `keys`, which the last [`scan`] has found, in their order. Each file is opened once, so ask for
         keys that were made together in one call, and for no more of them than memory holds.
         """
+        missing = [key for key in keys if key not in self._places]
+        if missing:
+            raise KeyError(
+                f"{len(missing)} of {len(keys)} results are not in {self.folder}, the first being {missing[0]}: did "
+                "another run or another machine's cache interfere? The same command makes them again."
+            )
         wanted: dict[Path, list[tuple[int, int]]] = defaultdict(list)
         for place, key in enumerate(keys):
             path, index = self._places[key]
@@ -90,3 +101,15 @@ class Parts:
             for (_, place), row in zip(places, rows, strict=True):
                 results[place] = row
         return results
+
+
+def missing_batches(keys: Sequence[Key], done: Set[Key], batch_size: int) -> list[list[int]]:
+    """
+    Places of the keys that are not `done`, in batches.
+
+    Their bounds don't depend on what is done, nor on how many processes share the batches: kernels round differently
+    at another batch size, and so an interrupted run, or one of several processes, gives the same numbers.
+    """
+    batches = (range(start, min(start + batch_size, len(keys))) for start in range(0, len(keys), batch_size))
+    rest = ([place for place in batch if keys[place] not in done] for batch in batches)
+    return [batch for batch in rest if batch]

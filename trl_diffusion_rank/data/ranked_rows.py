@@ -15,7 +15,7 @@ import math
 import numbers
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow.compute as pc
@@ -239,12 +239,12 @@ class Votes:
     Attributes:
         images (`dict[str, dict[str, tuple[int, str]]]`): caption -> image id -> the first (row, column) that holds it.
         pairs (`dict[str, list[tuple[str, str, float]]]`): caption -> (image id, image id, vote for the first).
-        unlabelled (`int`): pairs without a vote, left out.
+        left_out (`Counter`): other pairs, by what is wrong with them.
     """
 
     images: dict[str, dict[str, tuple[int, str]]]
     pairs: dict[str, list[tuple[str, str, float]]]
-    unlabelled: int
+    left_out: Counter = field(default_factory=Counter)
 
     @property
     def labelled(self) -> int:
@@ -263,7 +263,8 @@ class Votes:
     def __str__(self) -> str:
         return (
             f"{self.labelled} pairs of {len(self.images)} captions; {self.ties} votes are ties, {self.contradictions} "
-            f"pairs have votes for both sides, {self.unlabelled} pairs without a vote are left out"
+            "pairs have votes for both sides; left out: "
+            f"{', '.join(f'{n} pairs {reason}' for reason, n in sorted(self.left_out.items())) or 'none'}"
         )
 
 
@@ -273,12 +274,15 @@ def read_votes(dataset: Dataset, name: str) -> Votes:
     optional = ("has_label", "image_0_uid", "image_1_uid")
     columns = ["caption", "label_0", *(column for column in optional if column in dataset.column_names)]
     has_uids = {"image_0_uid", "image_1_uid"} <= set(columns)
-    votes = Votes(defaultdict(dict), defaultdict(list), 0)
+    votes = Votes(defaultdict(dict), defaultdict(list))
     for index, pair in enumerate(dataset.select_columns(columns)):
+        caption, label = (pair["caption"] or "").strip(), pair["label_0"]
         if not pair.get("has_label", True):
-            votes.unlabelled += 1
+            votes.left_out["without a vote"] += 1
             continue
-        caption, label = pair["caption"].strip(), pair["label_0"]
+        if not caption:
+            votes.left_out["without a caption"] += 1
+            continue
         if label not in (0.0, 0.5, 1.0):
             raise BadRowError(f"Row {index} of the {name} dataset: `label_0` must be 0, 0.5 or 1, got {label!r}.")
         ids = (
@@ -286,6 +290,9 @@ def read_votes(dataset: Dataset, name: str) -> Votes:
             if has_uids
             else [hashlib.sha256(_encoded(dataset[index][c])["bytes"]).hexdigest() for c in ("jpg_0", "jpg_1")]
         )
+        if ids[0] == ids[1]:  # alone under its caption it would be a list of one
+            votes.left_out["of an image with itself"] += 1
+            continue
         for image_id, column in zip(ids, ("jpg_0", "jpg_1"), strict=True):
             votes.images[caption].setdefault(image_id, (index, column))
         votes.pairs[caption].append((ids[0], ids[1], float(label)))

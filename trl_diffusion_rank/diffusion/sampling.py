@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
+from safetensors.torch import load_file
 from tqdm import tqdm
 
 
@@ -59,24 +60,61 @@ def sample_images(
         raise ValueError(f"Got {len(prompts)} prompts and {len(seeds)} seeds; pass one seed per prompt.")
     if batch_size < 1:
         raise ValueError(f"`batch_size` is {batch_size}; it must be at least 1.")
-    options: dict[str, Any] = {"guidance_scale": guidance_scale, "height": height, "width": width}
-    options = {key: value for key, value in options.items() if value is not None}
     own_bar = isinstance(progress, str)
     bar = tqdm(total=len(prompts), desc=progress, unit="image") if own_bar else progress
     images: list[Image] = []
     for start in range(0, len(prompts), batch_size):
         batch = slice(start, start + batch_size)
-        images += pipe(
+        images += draw_batch(
+            pipe,
             prompts[batch],
+            seeds[batch],
             num_inference_steps=num_inference_steps,
-            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds[batch]],
-            **options,
-        ).images
+            guidance_scale=guidance_scale,
+            height=height,
+            width=width,
+        )[0]
         if bar is not None:
             bar.update(len(prompts[batch]))
     if own_bar:
         bar.close()
     return images
+
+
+def draw_batch(
+    pipe: DiffusionPipeline,
+    prompts: list[str],
+    seeds: list[int],
+    *,
+    num_inference_steps: int,
+    guidance_scale: float | None = None,
+    negative_prompt: str | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> tuple[list[Image], list[bool]]:
+    """
+    One batch of [`sample_images`]: B images, and of each whether the pipeline's safety checker has replaced it.
+
+    Raises:
+        `ValueError`: if the accelerator's memory doesn't hold the batch.
+    """
+    options: dict[str, Any] = {"guidance_scale": guidance_scale, "height": height, "width": width}
+    if negative_prompt is not None:
+        options["negative_prompt"] = [negative_prompt] * len(prompts)
+    try:
+        output = pipe(
+            prompts,
+            num_inference_steps=num_inference_steps,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            **{key: value for key, value in options.items() if value is not None},
+        )
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            f"Out of memory while {len(prompts)} images were drawn at once: lower `batch_size` (or `height` and "
+            f"`width`) and run the same command again. ({str(error).strip().splitlines()[0]})"
+        ) from error
+    flags = getattr(output, "nsfw_content_detected", None)  # pipelines that have no safety checker don't have it
+    return output.images, [bool(flag) for flag in flags] if flags else [False] * len(prompts)
 
 
 def is_black(image: Image) -> bool:
@@ -98,19 +136,51 @@ def load_tuned(pipe: DiffusionPipeline, adapter: str) -> None:
             tuned = type(denoiser).from_pretrained(adapter, subfolder=component, dtype=denoiser.dtype)
             pipe.register_modules(**{component: tuned.to(denoiser.device)})
             return
+    add_lora(pipe, adapter, "`adapter`", hint=" or full weights in unet/ or transformer/")
+
+
+def add_lora(
+    pipe: DiffusionPipeline, lora: str, option: str, file: str | None = None, weight: float = 1.0, hint: str = ""
+) -> None:
+    """
+    Give `pipe` a LoRA: Hub id or folder, in it `file` or the one that diffusers finds, times `weight`. Errors call it
+    `option`.
+
+    In float32 it is fused, which halves the time of a small model's step; bfloat16 would round it away.
+    """
+    where = repr(lora if file is None else f"{lora}/{file}")
     level = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()  # it would warn that the text encoders have no LoRA, which is as it should
     try:
-        pipe.load_lora_weights(adapter)
+        pipe.load_lora_weights(lora, weight_name=file, adapter_name="lora")
     except (OSError, ValueError, StopIteration) as error:
         raise ValueError(
-            f"`adapter` is {adapter!r}: no weights could be loaded from it. It must hold a LoRA that diffusers loads "
-            f"(pytorch_lora_weights.safetensors) or full weights in unet/ or transformer/. ({error})"
+            f"{option} is {where}: no weights could be loaded from it. It must hold a LoRA that diffusers loads "
+            f"(pytorch_lora_weights.safetensors){hint}. ({error})"
         ) from error
     finally:
         diffusers_logging.set_verbosity(level)
     if not pipe.get_list_adapters():
-        raise ValueError(f"`adapter` is {adapter!r}: none of its weights belongs to a layer of {type(pipe).__name__}.")
+        raise ValueError(f"{option} is {where}: none of its weights belongs to a layer of {type(pipe).__name__}.")
     if pipe.dtype == torch.float32:
-        pipe.fuse_lora()
+        pipe.fuse_lora(lora_scale=weight)
         pipe.unload_lora_weights()
+    elif weight != 1.0:
+        pipe.set_adapters("lora", weight)
+
+
+def replace_denoiser(pipe: DiffusionPipeline, path: str, option: str) -> None:
+    """Put the weights of a safetensors file, all of them and no others, into the denoiser of `pipe`. Errors call it
+    `option`."""
+    denoiser = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+    own, new = denoiser.state_dict(), load_file(path)
+    missing, unexpected = sorted(own.keys() - new.keys()), sorted(new.keys() - own.keys())
+    reshaped = sorted(key for key in own.keys() & new.keys() if own[key].shape != new[key].shape)
+    for fault, keys in (("lacks", missing), ("has too many", unexpected), ("has of another shape", reshaped)):
+        if keys:
+            raise ValueError(
+                f"{option}, {path}, does not fit the {type(denoiser).__name__} of {type(pipe).__name__}: of "
+                f"{len(own)} tensors it {fault} {len(keys)}, {keys[0]!r} for one. Use the weights of this kind of "
+                "model, without VAE and text encoders."
+            )
+    denoiser.load_state_dict(new)

@@ -7,7 +7,7 @@ Train a text-to-image model on ranked images with contrastive preference optimiz
 """
 
 HELP = "Train a LoRA or all weights with CPO on ranked images, without a reference model"
-INPUTS = {"dataset_name": "score"}
+INPUTS = {"dataset_name": ("score", "prompts")}
 # What `--help` reads without importing torch
 CONFIG_FILES = (
     "trl_diffusion_rank.trainers.diffusion_cpo_config",

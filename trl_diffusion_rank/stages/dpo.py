@@ -7,7 +7,7 @@ Train a text-to-image model on ranked images with direct preference optimization
 """
 
 HELP = "Train a LoRA or all weights with DPO on ranked images"
-INPUTS = {"dataset_name": "score"}
+INPUTS = {"dataset_name": ("score", "prompts")}
 # What `--help` reads without importing torch
 CONFIG_FILES = (
     "trl_diffusion_rank.trainers.ranked_diffusion_dpo_config",

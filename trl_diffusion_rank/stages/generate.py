@@ -10,91 +10,82 @@ In a recipe:
         - {model: stabilityai/stable-diffusion-xl-base-1.0, num_inference_steps: [20, 40], guidance_scale: 5.0}
         - {model: stabilityai/sdxl-turbo, num_inference_steps: 1, guidance_scale: 0.0, images_per_prompt: 2}
 
-gives four images of each prompt. One model is in memory at a time. An image depends on the run's seed, its prompt and
-row, and its generator alone, so batch size and number of processes do not change it. Images are written as they come,
-and a stage that was interrupted goes on where it stopped.
+gives four images of each prompt; `generators: [sdxl_turbo_steps]`, `[sdxl_lightning]` and `[mixed]` are presets (see
+`trl_diffusion_rank/generators.py`). One model is in memory at a time.
+
+An image's seed is made of the run's seed, its prompt and row, and its generator alone, so batch size and number of
+processes do not change it. Every batch is written when it is finished, and a stage that was interrupted makes what is
+missing. An image that comes out black or that a safety checker has replaced is drawn once more with another seed; if
+that fails too it is left out of its row and listed in `failures.jsonl`.
+
+The images of a row should have one size. Training fits all to `resolution`, and one that was enlarged for that is soft
+beside the others: the ranking would learn the size. Set `height` and `width`, for all generators or for each.
 """
 
 from __future__ import annotations
 
-import hashlib
+import gc
+import io
 import json
-import shutil
-from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from itertools import chain, islice
+from typing import IO, TYPE_CHECKING, Any
 
+from trl_diffusion_rank.generators import REAL, Draw, Generator, read_generators
 from trl_diffusion_rank.stages._common import (
     DTYPES,
+    PublishingOptions,
     check_at_least,
     check_choice,
-    load_for_sampling,
+    format_table,
     process_state,
     require,
-    unknown_key,
 )
 
 
 if TYPE_CHECKING:
+    from accelerate import PartialState
+    from datasets import Dataset
     from diffusers import DiffusionPipeline
+    from PIL.Image import Image
     from tqdm import tqdm
+
+    from trl_diffusion_rank.data.artefact import Artefact
+    from trl_diffusion_rank.data.parts import Key, Parts
 
 
 HELP = "generate images of the prompts, from one or several models"
-INPUTS = {"dataset_name": "prompts"}
+INPUTS = {"dataset_name": ("caption", "prompts")}
 
-# Prompts between two writes to disk. Bounds both memory and what an interruption costs.
-PROMPTS_PER_CHUNK = 64
+KEY = ("source", "index", "row")  # of an image, beside the prompt
+OWN_COLUMNS = ("prompt", "images", "sources", "seeds", "row")
+# So many images of a model in a row that are all unusable are no accident: it would go on like this for hours.
+FIRST_IMAGES = 16
+# Batches that are encoded while the model draws on. One thread would hold up a model of more than 12 images of
+# 1024 px a second.
+WRITERS = 4
+# Rows that are in memory at once while the dataset is put together.
+ROWS_AT_ONCE = 32
+# Failures that the card lists; the file has all.
+LISTED = 50
 
 
 class JsonMapping(dict):
-    """A mapping that a recipe gives as it is and the command line as JSON."""
+    """A mapping, as a recipe gives it or as JSON from the command line, or the name of a preset."""
 
     def __init__(self, value: str | dict[str, Any]):
-        super().__init__(json.loads(value) if isinstance(value, str) else value)
+        if isinstance(value, str):
+            value = json.loads(value) if value.lstrip().startswith("{") else {"preset": value}
+        super().__init__(value)
 
 
 @dataclass
-class Generator:
+class GenerateArguments(PublishingOptions):
     """
-    One entry of `generators`.
-
-    Args:
-        model (`str`):
-            Hub id or folder of a diffusers pipeline, or `digits` for the model in this package.
-        num_inference_steps (`int` or `list[int]`, *optional*, defaults to `25`):
-            Denoising steps; a list gives one image for each entry, an entry may occur twice.
-        guidance_scale (`float`, *optional*):
-            Classifier-free guidance; the pipeline's own default when unset.
-        images_per_prompt (`int`, *optional*, defaults to `1`):
-            Images of a prompt for each entry of `num_inference_steps`.
-        name (`str`, *optional*):
-            What `sources` calls it, as in `sdxl-turbo@1`; the last part of `model` when unset.
-    """
-
-    model: str
-    num_inference_steps: int | list[int] = 25
-    guidance_scale: float | None = None
-    images_per_prompt: int = 1
-    name: str | None = None
-
-    def __post_init__(self) -> None:
-        self.name = self.name or self.model.rstrip("/").rsplit("/", 1)[-1]
-        steps = self.num_inference_steps
-        self.num_inference_steps = list(steps) if isinstance(steps, (list, tuple)) else [steps]
-        for key in ("num_inference_steps", "images_per_prompt"):
-            values = self.num_inference_steps if key == "num_inference_steps" else [self.images_per_prompt]
-            if not values or any(type(value) is not int or value < 1 for value in values):
-                raise ValueError(
-                    f"`{key}` of the generator {self.name!r} is {values}; whole numbers of at least 1 are expected."
-                )
-
-
-@dataclass
-class GenerateArguments:
-    """
-    Arguments of the stage `generate`.
+    Arguments of the stage `generate`, and those of [`~stages._common.PublishingOptions`].
 
     Args:
         dataset_name (`str`, *optional*):
@@ -102,8 +93,11 @@ class GenerateArguments:
         dataset_split (`str`, *optional*, defaults to `"train"`):
             Its split. Prompts of the test split are for `evaluate` and get no images here.
         generators (`list[dict]`, *optional*):
-            Mappings with the keys `model`, `num_inference_steps` (a number or a list), `guidance_scale`,
-            `images_per_prompt` and `name`. On the command line each is a piece of JSON.
+            The pool: mappings with the fields of [`~generators.Generator`], or names of presets. On the command line
+            each is a piece of JSON, or a preset's name.
+        include_real (`bool`, *optional*, defaults to `False`):
+            Make the dataset's own `image` the first one of each list, as it is in the dataset, with the source `real`
+            and the seed -1.
         batch_size (`int`, *optional*, defaults to `8`):
             Images drawn at once.
         dtype (`str`, *optional*, defaults to `"auto"`):
@@ -123,9 +117,13 @@ class GenerateArguments:
     generators: list[JsonMapping] | None = field(
         default=None,
         metadata={
-            "help": "Mappings (JSON on the command line) with the keys model, num_inference_steps (a number or a "
-            "list), guidance_scale, images_per_prompt, name."
+            "help": "Presets (sdxl_turbo_steps, sdxl_lightning, mixed) or mappings (JSON on the command line) with "
+            "the keys model, num_inference_steps (a number or a list), guidance_scale, images_per_prompt, name, "
+            "prompt_column, negative_prompt, scheduler, lora, unet, dtype, height, width, revision, variant."
         },
+    )
+    include_real: bool = field(
+        default=False, metadata={"help": "Make the dataset's own `image` the first one of each list."}
     )
     batch_size: int = field(default=8, metadata={"help": "Images drawn at once."})
     dtype: str = field(
@@ -137,210 +135,530 @@ class GenerateArguments:
     output_dir: str | None = field(default=None, metadata={"help": "Folder the images are saved to."})
 
     def __post_init__(self) -> None:
-        read_generators(self.generators)  # here and not in `main`: a run then refuses them before its first stage
+        super().__post_init__()
+        # Here and not in `main`: a run then refuses them before its first stage.
+        read_generators(self.generators, self.include_real)
         check_choice("dtype", self.dtype, DTYPES)
         check_at_least(1, batch_size=self.batch_size, height=self.height, width=self.width)
-
-
-class Draw(NamedTuple):
-    """One image that every prompt gets: the `index`-th of a generator at a number of steps."""
-
-    source: str
-    steps: int
-    index: int
+        if (self.height is None) != (self.width is None):  # some pipelines would then draw at their own size
+            raise ValueError(f"`height` is {self.height} and `width` is {self.width}; set both or neither.")
 
 
 def argument_classes() -> tuple[type, ...]:
     return (GenerateArguments,)
 
 
-def read_generators(entries: list[dict[str, Any]] | None) -> list[Generator]:
-    """The option `generators`, checked: this comes before any model is loaded."""
-    if not entries:
+# What is read ----------------------------------------------------------
+
+
+def load_prompts(args: GenerateArguments, generators: list[Generator]) -> tuple[Dataset, list[int]]:
+    """The rows, with images as they are stored, and their numbers; all that is needed of them is there."""
+    from trl_diffusion_rank.data.loading import load_rows, undecoded
+
+    data = undecoded(load_rows(args.dataset_name, args.dataset_split, columns=("prompt",)))
+    columns = {g.prompt_column: f"`prompt_column` of the generator {g.name!r}" for g in generators}
+    if args.include_real:
+        columns["image"] = "`include_real`"
+    columns.pop("prompt", None)
+    for column, option in columns.items():
+        if column not in data.column_names:
+            raise ValueError(
+                f"{option} asks for the column {column!r}; the columns of {args.dataset_name!r} are "
+                f"{', '.join(data.column_names)}."
+            )
+    for column, option in {"prompt": "the stage `generate`", **columns}.items():
+        missing = first_missing_image(data) if column == "image" else first_missing_text(data, column)
+        if missing is not None:
+            what = "image" if column == "image" else "text"
+            raise ValueError(
+                f"Row {missing} of {args.dataset_name!r} has no {what} in the column {column!r}, which {option} "
+                "reads: leave the row out or fill it."
+            )
+
+    if "row" not in data.column_names:
+        return data, list(range(len(data)))
+    rows = list(data["row"])
+    counts = Counter(rows)
+    wrong = next((row for row in rows if type(row) is not int or counts[row] > 1), None)
+    if wrong is not None:
         raise ValueError(
-            "`generators` is empty; give at least one mapping, for example "
-            "{model: digits, num_inference_steps: [2, 4]}."
+            f"The column 'row' of {args.dataset_name!r} holds {wrong!r}{' twice' if counts[wrong] > 1 else ''}. It "
+            "numbers the rows, and the images' seeds are made of it: rename the column, or number the rows."
         )
-    known = [f.name for f in fields(Generator)]
-    generators = []
-    for entry in entries:
-        if not isinstance(entry, dict):
-            raise TypeError(f"An entry of `generators` is {entry!r}; it must be a mapping with the key `model`.")
-        for key in entry:
-            if key not in known:
-                raise unknown_key("An entry of `generators` has the key", key, known)
-        if "model" not in entry:
-            raise ValueError(f"An entry of `generators` names no `model`: {dict(entry)}.")
-        generators.append(Generator(**entry))
-    # Two entries with one name at one number of steps would share their seeds and could not be told apart in
-    # `sources`.
-    sources = Counter(source for g in generators for source in {f"{g.name}@{s}" for s in g.num_inference_steps})
-    doubled = [source for source, count in sources.items() if count > 1]
-    if doubled:
-        raise ValueError(
-            f"Two entries of `generators` are both called {doubled[0]!r}; give one of them another `name`, or use "
-            "`images_per_prompt`."
-        )
-    if sum(len(g.num_inference_steps) * g.images_per_prompt for g in generators) < 2:
-        raise ValueError("`generators` give one image per prompt and a ranking needs at least two of them.")
-    return generators
+    return data, rows
 
 
-def draws_of(generator: Generator) -> list[Draw]:
-    """The images a prompt gets from one generator. Steps named twice count on, so that their seeds differ."""
-    seen: Counter[int] = Counter()
-    draws = []
-    for steps in generator.num_inference_steps:
-        for _ in range(generator.images_per_prompt):
-            draws.append(Draw(f"{generator.name}@{steps}", steps, seen[steps]))
-            seen[steps] += 1
-    return draws
+def first_missing_text(data: Dataset, column: str) -> int | None:
+    """The first row without a text."""
+    texts = (text for batch in data.select_columns([column]).iter(1000) for text in batch[column])
+    return next((i for i, text in enumerate(texts) if not isinstance(text, str) or not text.strip()), None)
 
 
-def generate_images(
-    pipe: DiffusionPipeline,
-    generator: Generator,
-    prompts: list[str],
-    rows: list[int],
-    folder: Path,
-    args: GenerateArguments,
-    bar: tqdm,
-) -> int:
-    """
-    Write one generator's images of all prompts into `folder` as `<row>-<seed>.png`, leaving alone what is there
-    already. Returns how many were black even with a second seed and are left out.
-    """
-    from trl_diffusion_rank.diffusion.sampling import is_black, sample_images
+def first_missing_image(data: Dataset) -> int | None:
+    """The first row whose `image` is not there, neither in the dataset nor where its path points."""
+    import os
 
-    black = 0
-    for draw in draws_of(generator):
-        for start in range(0, len(prompts), PROMPTS_PER_CHUNK):
-            chunk = range(start, min(start + PROMPTS_PER_CHUNK, len(prompts)))
-            waiting = [i for i in chunk if find_image(folder, args.seed, prompts[i], rows[i], draw) is None]
-            bar.update(len(chunk) - len(waiting))
-            for attempt in (0, 1):
-                seeds = [attempt_seeds(args.seed, prompts[i], rows[i], draw)[attempt] for i in waiting]
-                images = sample_images(
-                    pipe,
-                    [prompts[i] for i in waiting],
-                    seeds,
-                    num_inference_steps=draw.steps,
-                    guidance_scale=generator.guidance_scale,
-                    batch_size=args.batch_size,
-                    height=args.height,
-                    width=args.width,
-                    progress=bar if attempt == 0 else None,
-                )
-                failed = []
-                for i, seed, image in zip(waiting, seeds, images, strict=True):
-                    if is_black(image):
-                        failed.append(i)
-                    else:
-                        # Renamed when complete: an interrupted write leaves no half image behind. PNG, because JPEG
-                        # eats small images and discriminators learn to see it.
-                        path = image_path(folder, rows[i], seed)
-                        image.save(path.with_suffix(".tmp"), format="PNG")
-                        path.with_suffix(".tmp").rename(path)
-                if len(failed) == len(waiting) > 0 and attempt == 1 and len(waiting) == len(chunk):
-                    raise ValueError(
-                        f"All {len(failed)} images that {draw.source} drew are black, with two seeds each. `dtype` is "
-                        f"{args.dtype!r}: a VAE that overflows in float16 does this (use bfloat16 or float32), and so "
-                        f"does a safety checker. The first prompt is {prompts[failed[0]]!r}."
-                    )
-                waiting = failed
-            black += len(waiting)
-    return black
+    import pyarrow.compute as pc
+
+    first = 0
+    for batch in data.select_columns(["image"]).with_format("arrow").iter(1000):
+        inside = pc.struct_field(batch["image"], "bytes").is_valid().to_pylist()
+        paths = pc.struct_field(batch["image"], "path").to_pylist()
+        for index, (is_inside, path) in enumerate(zip(inside, paths, strict=True), start=first):
+            if not is_inside and not os.path.isfile(path or ""):
+                return index
+        first += len(batch)
+    return None
+
+
+# What is drawn ---------------------------------------------------------
 
 
 def attempt_seeds(seed: int, prompt: str, row: int, draw: Draw) -> tuple[int, int]:
-    """The seed of an image, and the one it gets when the first gave a black image."""
+    """The seed of an image, and the one it gets when the first gave an unusable image."""
     from trl_diffusion_rank.diffusion.draws import stable_seed
 
     parts = (prompt, row, draw.source, draw.index)
     return stable_seed(seed, *parts), stable_seed(seed, *parts, "retry")
 
 
-def image_path(folder: Path, row: int, seed: int) -> Path:
-    # The seed is a hash of all that tells images apart; the row in front keeps a folder readable.
-    return folder / f"{row:07d}-{seed:016x}.png"
+def batches_of(generator: Generator, rows: list[int], batch_size: int) -> Iterator[list[tuple[Draw, int]]]:
+    """
+    All images of a generator, as (draw, place of the row), in batches of one number of steps.
+
+    Their bounds don't depend on what is there already or on who draws: kernels round differently at another batch
+    size, and so an interrupted run, or one of several processes, still gives the same bytes.
+    """
+    for steps in dict.fromkeys(generator.num_inference_steps):
+        draws = [draw for draw in generator.draws if draw.steps == steps]
+        images = ((draw, place) for place in range(len(rows)) for draw in draws)
+        while batch := list(islice(images, batch_size)):
+            yield batch
 
 
-def find_image(folder: Path, seed: int, prompt: str, row: int, draw: Draw) -> tuple[Path, int] | None:
-    """The image of a draw and the seed it came from, when it has been written."""
-    for own_seed in attempt_seeds(seed, prompt, row, draw):
-        path = image_path(folder, row, own_seed)
-        if path.is_file():
-            return path, own_seed
-    return None
+def missing_batches(
+    generator: Generator, rows: list[int], done: set[Key], batch_size: int, state: PartialState
+) -> Iterator[list[tuple[Draw, int]]]:
+    """This process's share of what isn't done of a generator."""
+    rest = (
+        [(draw, place) for draw, place in batch if (draw.source, draw.index, rows[place]) not in done]
+        for batch in batches_of(generator, rows, batch_size)
+    )
+    return islice(filter(None, rest), state.process_index, None, state.num_processes)
 
 
-def main(args: GenerateArguments) -> None:
-    require("generate", dataset_name=args.dataset_name, output_dir=args.output_dir)
-    generators = read_generators(args.generators)
-    from trl_diffusion_rank.data.loading import load_rows
-
-    data = load_rows(args.dataset_name, args.dataset_split, columns=("prompt",))
-    prompts = list(data["prompt"])
-    rows = list(data["row"]) if "row" in data.column_names else list(range(len(prompts)))
-
-    import torch
-    from datasets import Dataset, DatasetDict, Features, Image, List, Value
+def draw_missing(
+    generators: list[Generator], data: Dataset, rows: list[int], done: set[Key], parts: Parts, args: GenerateArguments
+) -> None:
+    """Draw this process's share of all images that are not `done`, one model at a time."""
     from tqdm import tqdm
 
     state = process_state()
-    # Images of other options must not be taken for these, so the folder is named after all that makes an image.
-    made_of = {key: value for key, value in asdict(args).items() if key not in ("output_dir", "batch_size")}
-    digest = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:12]
-    folder = Path(args.output_dir) / f"partial-{digest}"
-    folder.mkdir(parents=True, exist_ok=True)
-
-    mine = slice(state.process_index, None, state.num_processes)
-    total = sum(len(draws_of(generator)) for generator in generators) * len(prompts[mine])
-    black = 0
-    with tqdm(total=total, unit="image", disable=not state.is_main_process) as bar:
+    total = sum(len(b) for g in generators for b in missing_batches(g, rows, done, args.batch_size, state))
+    with (
+        Writer(parts) as writer,
+        tqdm(total=total, unit="image", disable=not state.is_main_process) as bar,
+    ):
         for generator in generators:
+            batches = missing_batches(generator, rows, done, args.batch_size, state)
+            first = next(batches, None)
+            if first is None:  # all there: not even loaded
+                continue
             bar.set_description(generator.name)
-            pipe = load_for_sampling(generator.model, args.dtype)
-            black += generate_images(pipe, generator, prompts[mine], rows[mine], folder, args, bar)
-            del pipe  # one model in memory at a time
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-    if black:
-        print(f"{black} images were black with two seeds and are left out of their rows.")
-    state.wait_for_everyone()
-    if not state.is_main_process:
-        return
+            draw_generator(generator, chain([first], batches), data, rows, writer, args, bar)
+            free_memory()
 
-    columns: dict[str, list] = {"prompt": [], "images": [], "sources": [], "seeds": []}
-    for prompt, row in zip(prompts, rows, strict=True):
-        drawn = [
-            (found, draw.source)
-            for generator in generators
-            for draw in draws_of(generator)
-            if (found := find_image(folder, args.seed, prompt, row, draw)) is not None
-        ]
-        if len(drawn) < 2:
-            continue
-        columns["prompt"].append(prompt)
-        columns["images"].append([str(path) for (path, _), _ in drawn])
-        columns["sources"].append([source for _, source in drawn])
-        columns["seeds"].append([seed for (_, seed), _ in drawn])
-    left_out = len(prompts) - len(columns["prompt"])
-    if left_out:
-        print(f"{left_out} of {len(prompts)} prompts are left out: fewer than two images of them are usable.")
+
+def draw_generator(
+    generator: Generator,
+    batches: Iterable[list[tuple[Draw, int]]],
+    data: Dataset,
+    rows: list[int],
+    writer: Writer,
+    args: GenerateArguments,
+    bar: tqdm,
+) -> None:
+    """Load one model, draw its `batches` and have them written."""
+    from trl_diffusion_rank.generators import load_generator
+
+    pipe = load_generator(generator, process_state().device, args.dtype)
+    texts = data.select_columns(sorted({"prompt", generator.prompt_column}))
+    # Nothing is written before an image is usable: if all are refused, the next attempt begins anew.
+    held: list[dict[str, list[Any]]] = []
+    reasons: Counter[str] = Counter()
+    for batch in batches:
+        held.append(draw_usable(pipe, generator, batch, texts[[place for _, place in batch]], rows, args))
+        reasons.update(held[-1]["status"])
+        if reasons["ok"]:
+            for columns in held:
+                writer.put(columns)
+            held = []
+        elif reasons.total() >= min(FIRST_IMAGES, len(generator.draws) * len(rows)):
+            raise ValueError(
+                f"All {reasons.total()} images that {generator.name} drew first are unusable ({counted(reasons)}), "
+                f"with two seeds each. `dtype` is {generator.dtype or args.dtype!r}: a VAE that overflows in float16 "
+                "draws black (use bfloat16 or float32), and so do weights that are NaN; a safety checker replaces "
+                f"what it takes for nudity. The last prompt was {texts[batch[-1][1]]['prompt']!r}."
+            )
+        bar.update(len(batch))
+    for columns in held:
+        writer.put(columns)
+
+
+def draw_usable(
+    pipe: DiffusionPipeline,
+    generator: Generator,
+    batch: list[tuple[Draw, int]],
+    texts: dict[str, list[str]],
+    rows: list[int],
+    args: GenerateArguments,
+) -> dict[str, list[Any]]:
+    """A batch of images, the unusable ones drawn twice, as columns of the parts; images not yet encoded."""
+    from trl_diffusion_rank.diffusion.sampling import draw_batch, is_black
+
+    seeds = [
+        attempt_seeds(args.seed, prompt, rows[place], draw)
+        for (draw, place), prompt in zip(batch, texts["prompt"], strict=True)
+    ]
+    columns: dict[str, list[Any]] = {
+        "source": [draw.source for draw, _ in batch],
+        "index": [draw.index for draw, _ in batch],
+        "row": [rows[place] for _, place in batch],
+        "seed": [0] * len(batch),
+        "status": [""] * len(batch),
+        "image": [None] * len(batch),
+    }
+    waiting = list(range(len(batch)))
+    for attempt in (0, 1):
+        own = [seeds[i][attempt] for i in waiting]
+        images, replaced = draw_batch(
+            pipe,
+            [texts[generator.prompt_column][i] for i in waiting],
+            own,
+            num_inference_steps=batch[0][0].steps,
+            guidance_scale=generator.guidance_scale,
+            negative_prompt=generator.negative_prompt,
+            height=generator.height or args.height,
+            width=generator.width or args.width,
+        )
+        for i, seed, image, is_replaced in zip(waiting, own, images, replaced, strict=True):
+            status = "nsfw" if is_replaced else "black" if is_black(image) else "ok"
+            columns["seed"][i], columns["status"][i] = seed, status
+            columns["image"][i] = image if status == "ok" else None
+        waiting = [i for i in waiting if columns["status"][i] != "ok"]
+        if not waiting:
+            break
+    return columns
+
+
+def free_memory() -> None:
+    """Give back what the last model took, before the next one is loaded. Pipelines hold references in circles."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Writer:
+    """
+    Encodes and writes batches while the model draws the next ones, at most `WRITERS` of them at a time.
+
+    What was put is on disk when the context ends, also when it ends in an error. An error of its own is raised by the
+    next `put`, or at the end.
+    """
+
+    def __init__(self, parts: Parts):
+        self.parts = parts
+        self.pool = ThreadPoolExecutor(WRITERS)
+        self.waiting: deque[Future[None]] = deque()
+
+    def put(self, columns: dict[str, list[Any]]) -> None:
+        if len(self.waiting) == WRITERS:
+            self.waiting.popleft().result()
+        self.waiting.append(self.pool.submit(self.write, columns))
+
+    def write(self, columns: dict[str, list[Any]]) -> None:
+        images = columns["image"]
+        columns["width"] = [image and image.width for image in images]
+        columns["height"] = [image and image.height for image in images]
+        columns["image"] = [image and {"bytes": encode(image), "path": None} for image in images]
+        self.parts.write(columns)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.pool.shutdown()
+        if kind is None:
+            for future in self.waiting:
+                future.result()
+
+
+def encode(image: Image) -> bytes:
+    """PNG, because JPEG eats small images and discriminators learn to see it. Level 1 takes a third of the default's
+    time and a tenth more bytes."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+# What is left behind ---------------------------------------------------
+
+
+@dataclass
+class Summary:
+    """What the rows were made of, counted while they are written."""
+
+    rows: int = 0
+    left_out: int = 0
+    outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)  # by source and status
+    sizes: dict[str, set[tuple[int, int]]] = field(default_factory=dict)  # (width, height) by source
+    failures: list[dict[str, Any]] = field(default_factory=list)  # the first ones
+
+    @property
+    def images(self) -> int:
+        return sum(n for (_, status), n in self.outcomes.items() if status == "ok")
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """How many images failed, by reason."""
+        reasons: Counter[str] = Counter()
+        for (_, status), n in self.outcomes.items():
+            if status != "ok":
+                reasons[status] += n
+        return reasons
+
+    def sections(self) -> dict[str, str]:
+        """The parts of the card that tell about sources and failures."""
+        rows = []
+        for source in dict.fromkeys(source for source, _ in self.outcomes):
+            sizes = self.sizes.get(source, set())
+            size = " x ".join(map(str, next(iter(sizes)))) if len(sizes) == 1 else f"{len(sizes)} sizes"
+            failed = Counter({status: n for (own, status), n in self.outcomes.items() if own == source})
+            rows.append([source, f"{failed.pop('ok', 0):,}", size, counted(failed) or "none"])
+        sections = {"Sources": format_table(["source", "images", "width x height", "unusable"], rows)}
+        if self.reasons:
+            cells = [[f["source"], str(f["row"]), f["reason"], str(f["seed"]), f["prompt"]] for f in self.failures]
+            table = format_table(
+                ["source", "row", "reason", "last seed", "prompt"],
+                [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in cells],
+                names=5,
+            )
+            more = self.reasons.total() - len(self.failures)
+            sections["Failed images"] = (
+                f"{self.reasons.total():,} images were unusable with two seeds and are left out of their rows "
+                f"({counted(self.reasons)}); {self.left_out:,} rows were left with fewer than two images and are left "
+                f"out.\n\n{table}" + (f"\n\nand {more:,} more." if more else "")
+            )
+        return sections
+
+
+def counted(reasons: Counter[str]) -> str:
+    """`black: 2, nsfw: 1`."""
+    return ", ".join(f"{reason}: {n:,}" for reason, n in sorted(reasons.items()) if n)
+
+
+def read_lists(
+    parts: Parts,
+    draws: list[Draw],
+    data: Dataset,
+    rows: list[int],
+    kept: list[str],
+    include_real: bool,
+    summary: Summary,
+    failures: IO[str],
+) -> Iterator[dict[str, list[Any]]]:
+    """The dataset's rows, a few at a time. What failed is written to `failures`, a line of JSON each."""
+    from trl_diffusion_rank.data.loading import embedded
+
+    data = data.select_columns(["prompt", *kept, *(["image"] if include_real else [])])
+    for start in range(0, len(rows), ROWS_AT_ONCE):
+        places = range(start, min(start + ROWS_AT_ONCE, len(rows)))
+        given = data[places.start : places.stop]
+        drawn = iter(parts.read([(draw.source, draw.index, rows[place]) for place in places for draw in draws]))
+        columns: dict[str, list[Any]] = {name: [] for name in (*OWN_COLUMNS, *kept)}
+        for i, place in enumerate(places):
+            results = list(islice(drawn, len(draws)))
+            if include_real:
+                image = embedded(given["image"][i])
+                results.insert(0, {"source": REAL, "index": 0, "seed": -1, "image": image, **examined(image)})
+            for result in results:
+                source, status = result["source"], result["status"]
+                summary.outcomes[source, status] += 1
+                if status == "ok":
+                    summary.sizes.setdefault(source, set()).add((result["width"], result["height"]))
+                    continue
+                failure = {"prompt": given["prompt"][i], "row": rows[place], "source": source}
+                failure |= {"index": result["index"], "seed": result["seed"], "reason": status}
+                failures.write(json.dumps(failure, ensure_ascii=False) + "\n")
+                if len(summary.failures) < LISTED:
+                    summary.failures.append(failure)
+            usable = [result for result in results if result["status"] == "ok"]
+            if len(usable) < 2:
+                summary.left_out += 1
+                continue
+            summary.rows += 1
+            columns["prompt"].append(given["prompt"][i])
+            columns["images"].append([result["image"] for result in usable])
+            columns["sources"].append([result["source"] for result in usable])
+            columns["seeds"].append([result["seed"] for result in usable])
+            columns["row"].append(rows[place])
+            for name in kept:
+                columns[name].append(given[name][i])
+        yield columns
+
+
+def examined(image: dict[str, Any]) -> dict[str, Any]:
+    """Status and size of a real image, by its head alone: to decode all of them would take long."""
+    from PIL import Image
+
+    from trl_diffusion_rank.data.images import RASTER_FORMATS
+
+    try:
+        width, height = Image.open(io.BytesIO(image["bytes"]), formats=RASTER_FORMATS).size
+    except Exception:  # damaged files: SyntaxError (PNG), struct.error (EXIF) and more
+        return {"status": "damaged", "width": None, "height": None}
+    return {"status": "ok", "width": width, "height": height}
+
+
+def save_lists(
+    artefact: Artefact,
+    parts: Parts,
+    generators: list[Generator],
+    data: Dataset,
+    rows: list[int],
+    args: GenerateArguments,
+    fingerprint: str,
+) -> None:
+    """Put the finished images together as the dataset, and say what became of them."""
+    from datasets import Features, Image, List, Value
+
+    from trl_diffusion_rank.data.artefact import Card
+    from trl_diffusion_rank.versions import package_versions
+
+    draws = [draw for generator in generators for draw in generator.draws]
+    found = parts.scan()
+    missing = sum((draw.source, draw.index, row) not in found for row in rows for draw in draws)
+    if missing:
+        raise ValueError(
+            f"{missing} of {len(rows) * len(draws)} images are not in {parts.folder}, though all were written: did "
+            "another run or a full disk interfere? The same command draws them again."
+        )
+
+    kept = {name: kind for name, kind in data.features.items() if isinstance(kind, Value) and name not in OWN_COLUMNS}
     features = Features(
         {
             "prompt": Value("string"),
             "images": List(Image()),
             "sources": List(Value("string")),
             "seeds": List(Value("int64")),
+            "row": Value("int64"),
+            **kept,
         }
     )
-    # Saving embeds the files' bytes, so the partial folder can go.
-    DatasetDict(train=Dataset.from_dict(columns, features=features)).save_to_disk(args.output_dir)
-    for partial in Path(args.output_dir).glob("partial-*"):
-        shutil.rmtree(partial)
-    print(f"{sum(map(len, columns['images']))} images of {len(columns['prompt'])} prompts, in {args.output_dir}")
+    sources = list(dict.fromkeys([REAL] * args.include_real + [draw.source for draw in draws]))
+    card = Card(
+        title="Images of prompts, to be ranked",
+        text=f"Every row holds a prompt and its images, from {', '.join(sources)}. They are not ranked yet.",
+        columns={
+            "prompt": "what the row's images are of",
+            "images": "the images, PNG without loss; a real one as it came",
+            "sources": "of each image the generator",
+            "seeds": "of each image the seed of its noise, -1 for a real one",
+            "row": "number of the prompt",
+            **dict.fromkeys(kept, "from the prompts"),
+        },
+        stage="generate",
+        options={
+            **asdict(args),
+            "generators": [
+                {key: value for key, value in asdict(generator).items() if value is not None}
+                for generator in generators
+            ],
+            "dataset_fingerprint": fingerprint,
+        },
+        versions=package_versions(),
+        tags=["text-to-image"],
+    )
+    summary = Summary()
+    path = artefact.folder / "failures.jsonl"
+    with open(path, "w", encoding="utf-8") as failures:
+
+        def batches() -> Iterator[dict[str, list[Any]]]:
+            yield from read_lists(parts, draws, data, rows, list(kept), args.include_real, summary, failures)
+            if not summary.rows:
+                raise ValueError(
+                    f"No prompt has two usable images ({counted(summary.reasons)}), so there is nothing to rank; "
+                    f"{path} lists them. Look at `dtype` and at the models' safety checkers."
+                )
+            card.sections.update(summary.sections())  # the card is written after the rows
+
+        artefact.save({"train": batches()}, features, card)
+
+    if summary.reasons:
+        print(
+            f"{summary.reasons.total()} images were unusable with two seeds ({counted(summary.reasons)}) and are left "
+            f"out of their rows; {path} lists them."
+        )
+    else:
+        path.unlink()
+    if summary.left_out:
+        print(f"{summary.left_out} of {len(rows)} prompts are left out: fewer than two images of them are usable.")
+    sizes = {source: size for source in sources if source != REAL for size in summary.sizes.get(source, ())}
+    if len(set(sizes.values())) > 1:
+        listed = ", ".join(f"{source} {width} x {height}" for source, (width, height) in sizes.items())
+        print(
+            f"The generators drew different sizes ({listed}). Training fits all to `resolution`, and the ranking may "
+            "learn the size; `height` and `width` set it."
+        )
+    print(f"{summary.images} images of {summary.rows} prompts, in {args.output_dir}")
+
+
+def main(args: GenerateArguments) -> None:
+    require("generate", dataset_name=args.dataset_name, output_dir=args.output_dir)
+    generators = read_generators(args.generators, args.include_real)
+    data, rows = load_prompts(args, generators)
+
+    from datasets import Features, Image, Value
+
+    from trl_diffusion_rank.data.artefact import Artefact
+    from trl_diffusion_rank.generators import read_scheduler
+
+    for generator in generators:
+        if generator.scheduler is not None:
+            read_scheduler(generator)  # a wrong name is told before the first model is loaded
+    state = process_state()
+    made_of = {
+        "dataset": data._fingerprint,
+        "generators": [asdict(generator) for generator in generators],
+        **{key: getattr(args, key) for key in ("include_real", "dtype", "height", "width", "seed")},
+    }
+    artefact = Artefact(args.output_dir, made_of)
+    if not artefact.finished:
+        numbers = ("index", "row", "seed", "width", "height")
+        parts = artefact.parts(
+            "images",
+            KEY,
+            Features(
+                {name: Value("string") for name in ("source", "status")}
+                | {name: Value("int64") for name in numbers}
+                | {"image": Image()}
+            ),
+        )
+        done = parts.scan()
+        if done and state.is_main_process:
+            total = len(rows) * sum(len(generator.draws) for generator in generators)
+            print(f"{len(done)} of {total} images are there already.")
+        state.wait_for_everyone()  # all must see the same rest before one of them adds to it
+        draw_missing(generators, data, rows, done, parts, args)
+        state.wait_for_everyone()
+        if state.is_main_process:
+            save_lists(artefact, parts, generators, data, rows, args, data._fingerprint)
+    elif state.is_main_process:
+        print(f"{args.output_dir} is finished, with these options from this dataset.")
+    if state.is_main_process:
+        args.publish(args.output_dir)
 
 
 if __name__ == "__main__":

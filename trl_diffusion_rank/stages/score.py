@@ -132,17 +132,17 @@ def check_rows(data: Dataset, split: str) -> None:
 
 
 def score_rows(
-    scorer: Scorer, label: str, data: Dataset, split: str, rows: list[int], batch_size: int, parts: Parts, quiet: bool
+    scorer: Scorer, label: str, data: Dataset, split: str, batches: list[list[int]], parts: Parts, quiet: bool
 ) -> None:
-    """Write a scorer's numbers for every image of `rows`. A number that is none is an error that names the row."""
+    """Write a scorer's numbers for every image of the rows. A number that is none is an error that names the row."""
     import numpy as np
     from tqdm import tqdm
 
     from trl_diffusion_rank.data.images import decoded_batches
 
     data = data.select_columns(["prompt", "images"])
-    with tqdm(total=len(rows), desc=f"{label}, {split}", unit="row", disable=quiet) as bar:
-        for batch, columns in decoded_batches(data, split, rows, batch_size):
+    with tqdm(total=sum(map(len, batches)), desc=f"{label}, {split}", unit="row", disable=quiet) as bar:
+        for batch, columns in decoded_batches(data, split, batches):
             sizes = [len(images) for images in columns["images"]]
             images = [image for images in columns["images"] for image in images]
             prompts = [prompt for prompt, n in zip(columns["prompt"], sizes, strict=True) for _ in range(n)]
@@ -278,14 +278,16 @@ def main(args: ScoreArguments) -> None:
     specs = read_scorers(args.scorers)
     from datasets import Features, Image, List, Value
 
-    from trl_diffusion_rank.data.artefact import Artefact, Card
+    from trl_diffusion_rank.data.artefact import Artefact, Card, common_features
     from trl_diffusion_rank.data.loading import load_splits, undecoded
+    from trl_diffusion_rank.data.parts import missing_batches
     from trl_diffusion_rank.versions import package_versions
 
     state = process_state()
     splits = {split: undecoded(data) for split, data in load_splits(args.dataset_name).items()}
     for split, data in splits.items():
         check_rows(data, split)
+    common_features(splits)
     made_of = {
         "scorers": [asdict(spec) for spec in specs],
         "ranking": (args.rank_by, args.min_margin, args.keep),
@@ -304,16 +306,15 @@ def main(args: ScoreArguments) -> None:
     done = parts.scan()
     state.wait_for_everyone()  # all have looked before the first one writes
     for spec in specs:
-        rest = {
-            split: [row for row in range(len(data)) if (spec.label, split, row) not in done]
-            for split, data in splits.items()
-        }
-        mine = {split: rows[state.process_index :: state.num_processes] for split, rows in rest.items()}
+        mine = {}
+        for split, data in splits.items():
+            keys = [(spec.label, split, row) for row in range(len(data))]
+            rest = missing_batches(keys, done, args.batch_size)
+            mine[split] = rest[state.process_index :: state.num_processes]
         if any(mine.values()):
             scorer = spec.load()  # one scorer in memory at a time
-            for split, rows in mine.items():
-                quiet = not state.is_main_process
-                score_rows(scorer, spec.label, splits[split], split, rows, args.batch_size, parts, quiet)
+            for split, batches in mine.items():
+                score_rows(scorer, spec.label, splits[split], split, batches, parts, not state.is_main_process)
             del scorer
     state.wait_for_everyone()
     if not state.is_main_process:
