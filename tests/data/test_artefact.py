@@ -1,3 +1,4 @@
+import dataclasses
 import io
 import json
 
@@ -112,6 +113,14 @@ def test_an_interrupted_save_leaves_the_pieces_and_is_not_finished(tmp_path):
     assert artefact.parts("images", ("prompt",), FEATURES).scan()
     artefact.save({"train": [batch(0, 2)]}, FEATURES, CARD)
     assert len(load_splits(str(tmp_path))["train"]) == 2
+
+
+def test_the_card_names_no_folder_of_this_machine(tmp_path):
+    options = {"dataset_name": str(tmp_path), "output_dir": str(tmp_path), "models": [{"model": str(tmp_path)}]}
+    text = dataclasses.replace(CARD, options=options).render({"train": 1}, FEATURES)
+    made = json.loads(text.split("```json\n")[1].split("\n```")[0])
+    assert made["options"] == {"dataset_name": tmp_path.name, "models": [{"model": tmp_path.name}]}
+    assert str(tmp_path) not in text
 
 
 def test_empty_splits_are_left_out(tmp_path):

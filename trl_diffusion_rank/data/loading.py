@@ -61,6 +61,21 @@ def load_rows(
     return rows
 
 
+def stream_columns(
+    rows: IterableDataset, name: str, split: str, config: str | None, columns: list[str]
+) -> IterableDataset:
+    """
+    The stream `rows` of [`load_rows`] with these columns alone. Of parquet files the others, images say, aren't even
+    downloaded, which `select_columns` can't spare.
+    """
+    path = Path(name)
+    source = {"path": "parquet", "data_files": name} if path.is_file() else {"path": name, "name": config}
+    try:
+        return load_dataset(**source, split=split, streaming=True, columns=columns)
+    except (TypeError, ValueError, FileNotFoundError):  # files of another kind have no such option
+        return rows.select_columns(columns)
+
+
 def undecoded(dataset: Dataset | IterableDataset) -> Dataset | IterableDataset:
     """The same data with images as `{"bytes", "path"}`: they are decoded where a bad one can be named."""
     if isinstance(dataset, IterableDataset):

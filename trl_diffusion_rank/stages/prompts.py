@@ -254,7 +254,7 @@ def collect(args: PromptsArguments, options: dict[str, Any], features: Features)
     """Prompts of a dataset, from its rows to the artefact."""
     from datasets import Features, Image, List, Value
 
-    from trl_diffusion_rank.data.loading import load_rows, undecoded
+    from trl_diffusion_rank.data.loading import load_rows, stream_columns, undecoded
     from trl_diffusion_rank.data.ranked_rows import IMAGES, merge_votes, read_votes
 
     rows = undecoded(load_rows(args.dataset_name, args.dataset_split, args.dataset_config, streaming=args.streaming))
@@ -276,6 +276,8 @@ def collect(args: PromptsArguments, options: dict[str, Any], features: Features)
             rows, summary["Unusable lists"] = usable_lists(rows, column, args.dataset_split)
         beside = {"url": [args.url_column], "image": [args.image_column] if args.streaming else []}.get(source, [])
         read = dict.fromkeys([column, *(args.keep_columns or []), *chain(*limits.values()), *beside])
+        if args.streaming:
+            rows = undecoded(stream_columns(rows, args.dataset_name, args.dataset_split, args.dataset_config, [*read]))
         texts = read_rows(rows, list(read))
     found = candidates(texts, column, counts, lambda row: args.filters.refuse(row, limits), token_limit(args))
     if source in ("image", "url"):

@@ -356,8 +356,11 @@ def main(args: ScoreArguments) -> None:
         title="Ranked images",
         text="Each row is a prompt and its images, ranked by what scorers say of them.",
         columns={
+            "prompt": "what the row's images are of",
             "images": "images of the prompt",
-            "sources": "which generator each image is from",
+            "sources": "of each image the generator",
+            "seeds": "of each image the seed of its noise",
+            "row": "number of the prompt",
             "psi": "share of scorers and rivals that each image wins against, ties one half",
             "ranks": "1 is the best, ties are equal",
             **{f"score_{spec.label}": f"by the scorer `{spec.name}`, higher is better" for spec in specs},
