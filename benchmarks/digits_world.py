@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 from peft import LoraConfig
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from trl_diffusion_rank import RankedDiffusionDPOConfig, RankedDiffusionDPOTrainer, load_pipeline
+from trl_diffusion_rank.data.loading import load_splits
 from trl_diffusion_rank.data.ranked_rows import IMAGES, to_ranked
 from trl_diffusion_rank.diffusion.draws import stable_seed
 from trl_diffusion_rank.diffusion.sampling import load_tuned, sample_images
@@ -140,8 +141,8 @@ def load_run(run_dir: Path, parser: argparse.ArgumentParser) -> tuple[Dataset, l
         )
     torch.set_num_threads(1)  # the model is so small that a second thread costs more than it brings
     transformers_logging.set_verbosity_error()
-    lists = load_from_disk(run_dir / "score")["train"]
-    prompts = list(load_from_disk(run_dir / "prompts")["test"]["prompt"])
+    lists = load_splits(str(run_dir / "score"))["train"]
+    prompts = list(load_splits(str(run_dir / "prompts"))["test"]["prompt"])
     return lists, prompts, load_judge("digits")
 
 
