@@ -117,6 +117,8 @@ def is_main_process() -> bool:
 
 def process_state() -> PartialState:
     """Which of how many processes this is, and its device; the first call joins them."""
+    from datetime import timedelta
+
     import torch
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
@@ -125,7 +127,8 @@ def process_state() -> PartialState:
     # the only one.
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.accelerator.is_available())
-    return PartialState(cpu=on_cpu)
+    # Whoever is done early waits for the others, for longer than the minutes after which a group gives up by default
+    return PartialState(cpu=on_cpu, timeout=timedelta(hours=6)) if several else PartialState(cpu=on_cpu)
 
 
 def load_for_sampling(model: str, dtype: str) -> DiffusionPipeline:

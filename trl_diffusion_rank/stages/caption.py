@@ -197,7 +197,7 @@ def main(args: CaptionArguments) -> None:
     from datasets import Features, Image, Value
 
     from trl_diffusion_rank.captions import Captioner
-    from trl_diffusion_rank.data.artefact import Artefact, Card, common_features
+    from trl_diffusion_rank.data.artefact import Artefact, Card, common_features, public
     from trl_diffusion_rank.data.loading import load_splits, undecoded
     from trl_diffusion_rank.data.parts import missing_batches
     from trl_diffusion_rank.versions import package_versions
@@ -206,8 +206,8 @@ def main(args: CaptionArguments) -> None:
     loaded = load_splits(args.dataset_name)
     for split, data in loaded.items():
         check_images(data, split)
-    features = common_features(loaded)
-    features |= {"image": Image()} | dict.fromkeys(NEW_COLUMNS, Value("string"))
+    new = dict.fromkeys(NEW_COLUMNS, Value("string"))
+    features = Features(common_features(loaded) | {"image": Image()} | new)
     splits = {split: undecoded(data) for split, data in loaded.items()}
     # Where the images come from and go to, and how many at once, makes no difference
     made_by = ("dataset_name", "output_dir", "batch_size", *asdict(PublishingOptions()))
@@ -220,8 +220,8 @@ def main(args: CaptionArguments) -> None:
             args.publish(args.output_dir)
         return
 
-    columns = {"split": Value("string"), "row": Value("int64")} | dict.fromkeys(NEW_COLUMNS, Value("string"))
-    parts = artefact.parts("captions", ("split", "row"), Features(columns))
+    kinds = Features({"split": Value("string"), "row": Value("int64")} | new)
+    parts = artefact.parts("captions", ("split", "row"), kinds)
     done = parts.scan()
     state.wait_for_everyone()  # all have looked before the first one writes
     keys = {split: [(split, row) for row in range(len(data))] for split, data in splits.items()}
@@ -256,7 +256,7 @@ def main(args: CaptionArguments) -> None:
         print(sections["Left out"])
     card = Card(
         title="Captioned prompts",
-        text=f"Prompts and their images, captioned by `{args.model}`.",
+        text=f"Prompts and their images, captioned by `{public(args.model)}`.",
         columns={
             "prompt": "as the dataset has it",
             "row": "number over all splits, part of the seeds of images",
@@ -271,7 +271,7 @@ def main(args: CaptionArguments) -> None:
         tags=["text-to-image"],
     )
     batches = {split: captioned_batches(data, results[split]) for split, data in splits.items()}
-    counts = artefact.save(batches, Features(features), card)
+    counts = artefact.save(batches, features, card)
     print(f"{sum(counts.values())} captioned prompts, in {args.output_dir}")
     args.publish(args.output_dir)
 
