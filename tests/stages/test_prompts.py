@@ -22,6 +22,7 @@ from PIL import Image as PILImage
 from tiny import random_image
 
 from trl_diffusion_rank.data import download
+from trl_diffusion_rank.data.images import decode_image
 from trl_diffusion_rank.data.loading import load_splits, undecoded
 from trl_diffusion_rank.data.parts import Parts
 from trl_diffusion_rank.data.prompts import Candidate, split_order, split_prompts
@@ -173,6 +174,15 @@ def test_digits(tmp_path, capsys):
     run(tmp_path, **options)
     assert "are finished" in capsys.readouterr().out
     assert list(run(tmp_path / "none", **options | {"num_test_prompts": 0})) == ["train"]
+
+
+def test_digits_with_clean_scans(tmp_path, judge):
+    rows = run(tmp_path, dataset_name="digits", num_prompts=40, num_test_prompts=10, keep_images=True)["train"]
+    wanted = run(tmp_path / "plain", dataset_name="digits", num_prompts=40, num_test_prompts=10)["train"]
+    assert list(rows["prompt"]) == list(wanted["prompt"])
+    assert judge.judge([*map(decode_image, rows["image"])], list(rows["prompt"]))["good"].mean() > 0.95
+    again = run(tmp_path / "again", dataset_name="digits", num_prompts=40, num_test_prompts=10, keep_images=True)
+    assert list(again["train"]["image"]) == list(rows["image"])
 
 
 # What the text encoder reads
@@ -974,7 +984,7 @@ def test_more_prompts_than_there_are(tmp_path):
             ({"dataset_name": "digits", "num_prompts": 9, name: value}, f"`{name}` is set; prompts of `digits` are")
             for name, value in (
                 *(("streaming", True), ("prompt_column", "x"), ("keep_columns", ["x"]), ("tokenizer", "digits")),
-                *(("keep_images", True), ("aesthetic_min", 6.5), ("nsfw_max", 0.0), ("watermark_max", 0.5)),
+                *(("aesthetic_min", 6.5), ("nsfw_max", 0.0), ("watermark_max", 0.5)),
                 ("min_side", 8),
             )
         ),

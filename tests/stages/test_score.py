@@ -116,6 +116,28 @@ def test_keep_leaves_the_images_that_are_spread_best(run):
     assert [image.getpixel((0, 0))[0] for image in data[0]["images"]] == [10, 30, 50]
 
 
+def test_excluded_sources_leave_the_rows_and_their_ranks(run):
+    data = run([[10, 20, 30, 40], [9, 5, 6, 1]], exclude_sources=["model@1"])
+    assert list(data["score_red"]) == [[10, 30, 40], [9, 6, 1]]
+    assert list(data["ranks"]) == [[3, 2, 1], [1, 2, 3]]
+    assert list(data["psi"]) == [[0, 0.5, 1], [1, 0.5, 0]]  # among those that are left
+    assert list(data["sources"]) == [["model@0", "model@2", "model@3"]] * 2
+    assert [image.getpixel((0, 0))[0] for image in data[0]["images"]] == [10, 30, 40]
+    with pytest.raises(
+        ValueError, match=r"Row 1 of the split 'train' has 1 images of other sources than \['model@0'\]"
+    ):
+        run([[1, 2, 3], [3, 4]], exclude_sources=["model@0"])
+
+
+def test_the_run_s_discriminator_is_meant_where_no_model_is_named():
+    args = ScoreArguments(scorers=["red", "discriminator"], discriminator="runs/mine/discriminator")
+    assert args.read_scorers()[1].options == {"model": "runs/mine/discriminator"}
+    other = {"name": "discriminator", "model": "me/other"}
+    assert ScoreArguments(scorers=[other], discriminator="x").read_scorers()[0].options == {"model": "me/other"}
+    with pytest.raises(ValueError, match="`discriminator` is not set and the stage `score` needs it"):
+        main(ScoreArguments(scorers=["discriminator"], dataset_name="x", output_dir="y"))
+
+
 def test_a_run_that_was_cut_off_scores_only_what_is_missing(run, monkeypatch, tmp_path):
     whole = run(REDS, batch_size=1)
     seen = []

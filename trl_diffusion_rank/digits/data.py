@@ -271,6 +271,18 @@ def crawl(
     return Crawl(images, captions, clean, labels, inks)
 
 
+def make_clean_images(prompts: Sequence[str], seed: int = 0) -> np.ndarray:
+    """
+    For each of N prompts a clean image of what it asks for, `(N, 16, 16, 3)` uint8: a scan of the training split, drawn
+    at random among those of its digit.
+    """
+    rng = np.random.default_rng(seed)
+    scans, labels = load_scans("train")
+    digits, inks = combinations_of(prompts)
+    chosen = np.array([rng.choice(np.flatnonzero(labels == digit)) for digit in digits])
+    return render_clean(scans[chosen], inks)
+
+
 def to_array(images: np.ndarray | Iterable) -> np.ndarray:
     """PIL images, or an array already, to `(N, 16, 16, 3)` uint8. Other sizes are resampled by Pillow's bicubic."""
     if isinstance(images, np.ndarray):

@@ -47,6 +47,7 @@ from trl_diffusion_rank.stages._common import (
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
+    import numpy as np
     from datasets import Dataset, Features, IterableDataset
 
     from trl_diffusion_rank.data.artefact import Artefact
@@ -63,7 +64,7 @@ PROMPT_COLUMNS = ("prompt", "caption", "text")
 OWN_COLUMNS, RATINGS = ("prompt", "row", "image", "images"), ("ranks", "scores", "psi")
 # Options that say nothing where prompts are drawn instead of read
 READING_OPTIONS = (
-    *("streaming", "prompt_column", "keep_columns", "tokenizer", "keep_images", "keep"),
+    *("streaming", "prompt_column", "keep_columns", "tokenizer", "keep"),
     *("aesthetic_min", "nsfw_max", "watermark_max", "min_side"),
 )
 # Images are large: few of them in memory at a time
@@ -239,15 +240,37 @@ def main(args: PromptsArguments) -> None:
 
 
 def draw(args: PromptsArguments, options: dict[str, Any], features: Features) -> None:
-    """Prompts of the embedded world."""
-    from trl_diffusion_rank.digits.data import make_prompts
+    """Prompts of the embedded world, with a clean scan of what they ask for where images are wanted."""
+    from datasets import Image
+
+    from trl_diffusion_rank.digits.data import make_clean_images, make_prompts
 
     if (artefact := unfinished(args, options)) is None:
         return
-    drawn = make_prompts(args.num_prompts + args.num_test_prompts, seed=args.seed)
-    drawn = [Candidate(index, prompt, prompt, {}) for index, prompt in enumerate(drawn)]
+    prompts = make_prompts(args.num_prompts + args.num_test_prompts, seed=args.seed)
+    columns = []
+    if args.keep_images:
+        features["image"] = Image()
+        columns = ["image"]
+        images = [png(image) for image in make_clean_images(prompts, seed=args.seed)]
+    drawn = [
+        Candidate(index, prompt, prompt, {"image": images[index]} if columns else {})
+        for index, prompt in enumerate(prompts)
+    ]
     train, test = drawn[: args.num_prompts], drawn[args.num_prompts :]
-    save(artefact, args, {"train": plain_rows(train, 0, []), "test": plain_rows(test, len(train), [])}, features)
+    splits = {"train": plain_rows(train, 0, columns), "test": plain_rows(test, len(train), columns)}
+    save(artefact, args, splits, features)
+
+
+def png(image: np.ndarray) -> dict[str, Any]:
+    """Pixels (H, W, 3) as a dataset stores an image."""
+    import io
+
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
 
 
 def collect(args: PromptsArguments, options: dict[str, Any], features: Features) -> None:

@@ -10,12 +10,15 @@ order. In a recipe a scorer may have a weight and options of its own, and `keep`
       scorers: [pickscore, {name: clip, weight: 0.5, model: laion/CLIP-ViT-H-14-laion2B-s32B-b79K}]
       keep: 4
 
+The scorer `discriminator` is the one that the stage `discriminator` of the run has trained. The real images that it
+learned from, and which `generate` had put into the lists, leave them by `exclude_sources: [real]`.
+
 Every finished batch of scores is on disk; processes share the rows.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from trl_diffusion_rank.scorers import read_scorers
@@ -37,11 +40,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from trl_diffusion_rank.data.parts import Parts
-    from trl_diffusion_rank.scorers import Scorer
+    from trl_diffusion_rank.scorers import Scorer, ScorerSpec
 
 
 HELP = "score the images and rank them"
-INPUTS = {"dataset_name": ("generate", "prompts")}
+INPUTS = {"dataset_name": ("generate", "prompts"), "discriminator": "discriminator"}
 
 # Columns with an entry for each image of a row, beside the scores
 PER_IMAGE = ("images", "sources", "seeds", "psi", "ranks", "scores")
@@ -62,6 +65,11 @@ class ScoreArguments(PublishingOptions):
             Names of scorers, built in or from installed packages, or mappings with the keys `name`, `label` (what the
             column `score_<label>` is called), `weight` and the scorer's own options. On the command line a mapping is
             a piece of JSON.
+        discriminator (`str`, *optional*):
+            Folder or Hub id that the scorer `discriminator` loads where its entry names no `model`; in a run the
+            output of the stage `discriminator`.
+        exclude_sources (`list[str]`, *optional*):
+            Images of these sources leave the rows and don't count in the ranks.
         rank_by (`str`, *optional*, defaults to `"psi"`):
             What the ranks come from: `psi`, or the label of one scorer, the others being scored for the record.
         batch_size (`int`, *optional*, defaults to `32`):
@@ -87,6 +95,13 @@ class ScoreArguments(PublishingOptions):
             "(JSON on the command line) with the keys name, label, weight and the scorer's own options."
         },
     )
+    discriminator: str | None = field(
+        default=None,
+        metadata={"help": "What the scorer `discriminator` loads; in a run the output of the stage `discriminator`."},
+    )
+    exclude_sources: list[str] | None = field(
+        default=None, metadata={"help": "Images of these sources leave the rows, the real ones say."}
+    )
     rank_by: str = field(
         default="psi", metadata={"help": "What the ranks come from: psi, or the label of one scorer."}
     )
@@ -104,11 +119,21 @@ class ScoreArguments(PublishingOptions):
         super().__post_init__()
         if not self.scorers:
             raise ValueError("`scorers` is empty; name at least one, for example --scorers pickscore.")
-        specs = read_scorers(self.scorers)  # here and not in `main`: a run refuses them before its first stage
-        check_choice("rank_by", self.rank_by, ("psi", *(spec.label for spec in specs)))
+        # Here and not in `main`: a run refuses them before its first stage
+        check_choice("rank_by", self.rank_by, ("psi", *(spec.label for spec in self.read_scorers())))
         check_at_least(1, batch_size=self.batch_size)
         check_at_least(0, min_margin=self.min_margin)
         check_at_least(2, keep=self.keep)
+
+    def read_scorers(self) -> list[ScorerSpec]:
+        """`scorers`, checked, with the run's discriminator where an entry means it."""
+        specs = read_scorers(self.scorers)
+        return [
+            replace(spec, options={"model": self.discriminator} | spec.options)
+            if spec.name == "discriminator" and self.discriminator is not None
+            else spec
+            for spec in specs
+        ]
 
 
 def argument_classes() -> tuple[type, ...]:
@@ -231,18 +256,22 @@ def summary(scores: dict[str, list[list[float]]], ranks: list[list[int]], source
     return text
 
 
-def picture(data: Dataset, ranks: list[list[int]], kept: list[list[int]]) -> Image:
-    """A few rows of the dataset, spread over it, the images of each from best to worst."""
+def picture(data: Dataset, ranks: list[list[int]], chosen: list[list[int]]) -> Image:
+    """
+    A few rows of the dataset, spread over it, the images of each from best to worst.
+
+    Args:
+        chosen: which images of each row are shown, with a rank for each.
+    """
     from trl_diffusion_rank.data.images import decode_image
     from trl_diffusion_rank.evaluation.grid import image_grid
 
-    longest = min(PICTURE_COLUMNS, max(map(len, kept)))
-    full = [index for index, row in enumerate(kept) if len(row) >= longest]
-    chosen = full[:: max(1, len(full) // PICTURE_ROWS)][:PICTURE_ROWS]
+    longest = min(PICTURE_COLUMNS, max(map(len, chosen)))
+    full = [index for index, row in enumerate(chosen) if len(row) >= longest]
     rows = []
-    for index in chosen:
+    for index in full[:: max(1, len(full) // PICTURE_ROWS)][:PICTURE_ROWS]:
         row = data[index]
-        order = sorted(kept[index], key=lambda image: ranks[index][image])
+        order = [image for _, image in sorted(zip(ranks[index], chosen[index], strict=True))]
         if len(order) > longest:  # the best and the worst stay
             order = [order[round(i * (len(order) - 1) / (longest - 1))] for i in range(longest)]
         rows.append((row["prompt"], [decode_image(row["images"][image]) for image in order]))
@@ -252,35 +281,57 @@ def picture(data: Dataset, ranks: list[list[int]], kept: list[list[int]]) -> Ima
 # the stage -------------------------------------------------------------
 
 
+def taking_part(data: Dataset, split: str, exclude: list[str] | None) -> list[list[int]]:
+    """Which images of every row are ranked."""
+    from trl_diffusion_rank.data.ranked_rows import image_counts
+
+    if not exclude:
+        return [list(range(n)) for n in image_counts(data, "images")]
+    if "sources" not in data.column_names:
+        raise ValueError(f"`exclude_sources` is {exclude}, and the split {split!r} has no column `sources`.")
+    images = [[i for i, source in enumerate(of_row) if source not in exclude] for of_row in data["sources"]]
+    for row, left in enumerate(images):
+        if len(left) < 2:
+            raise ValueError(
+                f"Row {row} of the split {split!r} has {len(left)} images of other sources than {exclude} "
+                "(`exclude_sources`); a ranking needs at least two."
+            )
+    return images
+
+
+def pick(rows: list[list[Any]], places: list[list[int]]) -> list[list[Any]]:
+    """Of every row what is at its `places`."""
+    return [[row[i] for i in own] for row, own in zip(rows, places, strict=True)]
+
+
 def ranked_batches(
-    data: Dataset, columns: dict[str, list[list[Any]]], kept: list[list[int]], batch_size: int
+    data: Dataset, columns: dict[str, list[list[Any]]], chosen: list[list[int]], batch_size: int
 ) -> Iterator[dict[str, list[Any]]]:
-    """The rows with their new `columns`, and of each the images that are kept."""
+    """The rows with the images that are `chosen`, and their new `columns`."""
     from trl_diffusion_rank.data.loading import embedded
-    from trl_diffusion_rank.data.ranked_rows import dense_ranks
 
     start = 0
     for batch in data.iter(batch_size):
-        rows = range(start, start + len(batch["prompt"]))
+        rows = slice(start, start + len(batch["prompt"]))
         start = rows.stop
-        batch |= {name: [values[row] for row in rows] for name, values in columns.items()}
         for name, values in batch.items():
             if name in PER_IMAGE or name.startswith("score_"):
-                batch[name] = [[value[i] for i in kept[row]] for row, value in zip(rows, values, strict=True)]
-        # Where images are left out the ranks of the others close up
-        batch["ranks"] = [dense_ranks([-rank for rank in ranks]) for ranks in batch["ranks"]]
+                batch[name] = pick(values, chosen[rows])
         batch["images"] = [[embedded(image) for image in images] for images in batch["images"]]
-        yield batch
+        yield batch | {name: values[rows] for name, values in columns.items()}
 
 
 def main(args: ScoreArguments) -> None:
     require("score", dataset_name=args.dataset_name, output_dir=args.output_dir)
-    specs = read_scorers(args.scorers)
+    specs = args.read_scorers()
+    if any(spec.name == "discriminator" and "model" not in spec.options for spec in specs):
+        require("score", discriminator=args.discriminator)
     from datasets import Features, Image, List, Value
 
     from trl_diffusion_rank.data.artefact import Artefact, Card, common_features
     from trl_diffusion_rank.data.loading import load_splits, undecoded
     from trl_diffusion_rank.data.parts import missing_batches
+    from trl_diffusion_rank.data.ranked_rows import dense_ranks
     from trl_diffusion_rank.versions import package_versions
 
     state = process_state()
@@ -290,7 +341,7 @@ def main(args: ScoreArguments) -> None:
     common_features(splits)
     made_of = {
         "scorers": [asdict(spec) for spec in specs],
-        "ranking": (args.rank_by, args.min_margin, args.keep),
+        "ranking": (args.rank_by, args.min_margin, args.keep, args.exclude_sources),
         "input": {split: data._fingerprint for split, data in splits.items()},
     }
     artefact = Artefact(args.output_dir, made_of)
@@ -321,12 +372,13 @@ def main(args: ScoreArguments) -> None:
         return
 
     parts.scan()
-    ranked, kinds, sections, chosen = {}, {}, {}, None
+    ranked, kinds, sections, grid = {}, {}, {}, None
     for split, data in splits.items():
+        images = taking_part(data, split, args.exclude_sources)
         scores = {}
         for spec in specs:
             results = parts.read([(spec.label, split, row) for row in range(len(data))], columns=["scores"])
-            scores[spec.label] = [result["scores"] for result in results]
+            scores[spec.label] = pick([result["scores"] for result in results], images)
         if args.rank_by == "psi":
             ranking = list(scores.values()), args.min_margin, [spec.weight for spec in specs]
         else:
@@ -338,18 +390,22 @@ def main(args: ScoreArguments) -> None:
                 f"`scorers` is {[spec.label for spec in specs]} and `min_margin` is {args.min_margin}: lower the "
                 "margin, or use scorers that tell these images apart."
             )
-        sources = list(data["sources"]) if "sources" in data.column_names else None
-        text = summary(scores, ranks, sources)
-        print(f"{split}\n{text}")
-        sections[f"Scores, {split}"] = text
-        kept = kept_images(psi, args.keep)
-        if chosen is None:
-            chosen = picture(data, ranks, kept)
+        sources = pick(list(data["sources"]), images) if "sources" in data.column_names else None
+        sections[f"Scores, {split}"] = summary(scores, ranks, sources)
+        print(f"{split}\n{sections[f'Scores, {split}']}")
+
+        kept = kept_images(psi, args.keep)  # places among the images that take part
+        chosen = pick(images, kept)
         columns = {f"score_{label}": rows for label, rows in scores.items()} | {"psi": psi, "ranks": ranks}
+        columns = {name: pick(rows, kept) for name, rows in columns.items()}
+        # Where images are left out the ranks of the others close up
+        columns["ranks"] = [dense_ranks([-rank for rank in row]) for row in columns["ranks"]]
+        if grid is None:
+            grid = picture(data, columns["ranks"], chosen)
         data = data.remove_columns([name for name in (*columns, "scores") if name in data.column_names])
-        ranked[split] = ranked_batches(data, columns, kept, args.batch_size)
+        ranked[split] = ranked_batches(data, columns, chosen, args.batch_size)
         kinds = data.features | {name: List(Value("float64")) for name in columns} | {"ranks": List(Value("int32"))}
-    chosen.save(artefact.folder / "rows.png")
+    grid.save(artefact.folder / "rows.png")
     sections["A few rows, from best to worst"] = "![Rows of images from best to worst](rows.png)"
     kinds["images"] = List(Image())
     card = Card(
