@@ -49,6 +49,7 @@ SCORERS = {
     "pickscore": "trl_diffusion_rank.scorers.clip:PickScoreScorer",
     "laion_aesthetic": "trl_diffusion_rank.scorers.aesthetic:LaionAestheticScorer",
     "digits_clean": "trl_diffusion_rank.scorers.digits:DigitsCleanScorer",
+    "discriminator": "trl_diffusion_rank.scorers.discriminator:DiscriminatorScorer",
     **IMSCORE_SCORERS,
 }
 
@@ -60,6 +61,7 @@ OPTIONS = {
     "pickscore": TRANSFORMERS_OPTIONS,
     "laion_aesthetic": TRANSFORMERS_OPTIONS,
     "digits_clean": ("seed",),
+    "discriminator": ("model", "batch_size", "device", "dtype"),
     **dict.fromkeys(IMSCORE_SCORERS, IMSCORE_OPTIONS),
 }
 

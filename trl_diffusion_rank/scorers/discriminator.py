@@ -1,0 +1,58 @@
+"""Scorer of an aesthetic discriminator that was trained with this package."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import PreTrainedConfig
+
+from trl_diffusion_rank.discriminator import (
+    AestheticDiscriminator,
+    AestheticDiscriminatorConfig,
+    AestheticDiscriminatorProcessor,
+)
+from trl_diffusion_rank.scorers._models import TransformersScorer
+
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class DiscriminatorScorer(TransformersScorer):
+    """
+    The logit of an [`AestheticDiscriminator`]: how good an image is for its caption.
+
+    Args:
+        model (`str`):
+            Hub id or folder of the discriminator, its processor beside it.
+        batch_size, device, dtype:
+            See [`TransformersScorer`].
+    """
+
+    name = "discriminator"
+    model_class = AestheticDiscriminator
+    processor_class = AestheticDiscriminatorProcessor
+    towers = ("backbone",)
+
+    def __init__(
+        self,
+        model: str,
+        batch_size: int = 32,
+        device: str | torch.device | None = None,
+        dtype: str = "float32",
+    ):
+        super().__init__(model=model, batch_size=batch_size, device=device, dtype=dtype)
+
+    def load_model(self, model: str) -> AestheticDiscriminator:
+        model_type = PreTrainedConfig.get_config_dict(model)[0].get("model_type")
+        if model_type != AestheticDiscriminatorConfig.model_type:
+            raise ValueError(
+                f"`model` {model!r} of the scorer {self.name!r} is of the type {model_type!r}, not an aesthetic "
+                "discriminator. Give the folder or Hub id of one that was trained with this package."
+            )
+        return super().load_model(model)
+
+    def score_batch(self, images: list[Image], prompts: list[str]) -> torch.Tensor:
+        inputs = self.processor(images=images, text=prompts).to(self.device)
+        return self.model(**inputs).logits.squeeze(1)
