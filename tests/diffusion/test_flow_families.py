@@ -10,11 +10,10 @@ from diffusers import (
     FluxTransformer2DModel,
     SD3Transformer2DModel,
 )
-from peft import LoraConfig
 from scipy.special import expit
 from scipy.stats import norm
 from tiny import ranked_dataset, tiny_flux_pipeline, tiny_sd3_pipeline, tiny_sd_pipeline
-from transformers import TrainerCallback
+from training import check_gradient_checkpointing, images, lora, make
 
 from trl_diffusion_rank import RankedDiffusionDPOConfig, RankedDiffusionDPOTrainer
 from trl_diffusion_rank.diffusion.denoiser import denoising_error
@@ -293,39 +292,11 @@ def test_encode_shifts_and_scales_and_decode_undoes_it(name):
 # Training
 
 
-def make_trainer(output_dir, pipeline, peft_config="lora", **kwargs) -> RankedDiffusionDPOTrainer:
-    options = {
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "per_device_train_batch_size": 2,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "resolution": 16,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "save_strategy": "no",
-    }
-    return RankedDiffusionDPOTrainer(
-        model=pipeline,
-        args=RankedDiffusionDPOConfig(str(output_dir), **(options | kwargs)),
-        train_dataset=ranked_dataset(),
-        peft_config=LoraConfig(r=4, lora_alpha=12) if peft_config == "lora" else peft_config,
-    )
-
-
-def images(pipeline) -> np.ndarray:
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        ["a red cat", "a blue dog"],
-        num_inference_steps=2,
-        generator=torch.Generator().manual_seed(3),
-        output_type="np",
-        height=16,
-        width=16,
-        max_sequence_length=24,
-    ).images
+def make_trainer(output_dir, pipeline, **kwargs) -> RankedDiffusionDPOTrainer:
+    kwargs = {"resolution": 16, "peft_config": "lora"} | kwargs
+    if kwargs["peft_config"] == "lora":
+        kwargs["peft_config"] = lora(target_modules=None)  # the family's own
+    return make(RankedDiffusionDPOTrainer, RankedDiffusionDPOConfig, output_dir, pipeline, ranked_dataset(), **kwargs)
 
 
 @pytest.mark.parametrize("name", TRAINED)
@@ -379,28 +350,9 @@ def test_full_weights_train_and_stock_diffusers_loads_them(tmp_path, name):
 @pytest.mark.parametrize("peft_config", ["lora", None])
 @pytest.mark.parametrize("name", TRAINED)
 def test_gradient_checkpointing_changes_neither_loss_nor_gradient(tmp_path, name, peft_config):
-    results = []
-    for checkpointing in (False, True):
-        trainer = make_trainer(
-            tmp_path, TRAINED[name](), peft_config, gradient_checkpointing=checkpointing, beta=100.0, max_steps=1
-        )
-        seen = []
-        trainer.add_callback(_Gradients(seen))
-        trainer.train()
-        assert trainer.model.is_gradient_checkpointing == checkpointing
-        results.append((trainer.state.log_history[0]["loss"], seen))
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
-    assert len(results[0][1]) == len(results[1][1]) > 0
-    for plain, checkpointed in zip(results[0][1], results[1][1], strict=True):
-        torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-6)
-
-
-class _Gradients(TrainerCallback):
-    def __init__(self, seen: list):
-        self.seen = seen
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.seen += [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    check_gradient_checkpointing(
+        lambda **options: make_trainer(tmp_path, TRAINED[name](), peft_config=peft_config, beta=100.0, **options)
+    )
 
 
 @pytest.mark.parametrize("name", TRAINED)

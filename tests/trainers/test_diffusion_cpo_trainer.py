@@ -1,4 +1,5 @@
 import copy
+from functools import partial
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from datasets import Dataset, IterableDataset, IterableDatasetDict
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from tiny import random_image, ranked_dataset, tiny_sd_pipeline, tiny_sdxl_pipeline
+from training import adapter, check_gradient_checkpointing, config, first_batch, images, make
 from transformers import TrainerCallback
 from trl.experimental.cpo import cpo_trainer
 
@@ -17,52 +19,13 @@ from trl_diffusion_rank.objectives.error_scale import standard_deviations
 from trl_diffusion_rank.objectives.reference_free import LOSS_TYPES
 
 
-EVERY_KIND_OF_LAYER = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "proj_in"]
 PIPELINES = {"sd": tiny_sd_pipeline, "sdxl": tiny_sdxl_pipeline}
 
 
-def config(output_dir, **kwargs) -> DiffusionCPOConfig:
-    options = {
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "per_device_train_batch_size": 2,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "save_strategy": "no",
-    }
-    return DiffusionCPOConfig(str(output_dir), **(options | kwargs))
-
-
-def make_trainer(output_dir, model=None, data=None, peft_config="lora", **kwargs) -> DiffusionCPOTrainer:
-    arguments = ("eval_dataset", "processing_class", "callbacks", "compute_metrics", "data_collator", "model_init")
-    lora = LoraConfig(r=4, lora_alpha=12, target_modules=EVERY_KIND_OF_LAYER)
-    return DiffusionCPOTrainer(
-        model=tiny_sdxl_pipeline() if model is None else model,
-        args=config(output_dir, **{key: value for key, value in kwargs.items() if key not in arguments}),
-        train_dataset=ranked_dataset() if data is None else data,
-        peft_config=lora if peft_config == "lora" else peft_config,
-        **{key: value for key, value in kwargs.items() if key in arguments},
-    )
-
-
-def adapter(trainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" in name}
-
-
-def first_batch(trainer):
-    return trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
-
-
-def images(pipeline) -> np.ndarray:
-    generator = torch.Generator().manual_seed(3)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        ["a red cat", "a blue dog"], num_inference_steps=2, generator=generator, output_type="np", height=16, width=16
-    ).images
+def make_trainer(output_dir, model=None, data=None, **kwargs) -> DiffusionCPOTrainer:
+    model = tiny_sdxl_pipeline() if model is None else model
+    data = ranked_dataset() if data is None else data
+    return make(DiffusionCPOTrainer, DiffusionCPOConfig, output_dir, model, data, **kwargs)
 
 
 # Training
@@ -176,32 +139,8 @@ def test_rows_of_different_n_do_not_disturb_each_other(tmp_path):
 @pytest.mark.parametrize("peft_config", ["lora", None])
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_changes_neither_loss_nor_gradient(tmp_path, peft_config, use_reentrant):
-    results = []
-    for checkpointing in (False, True):
-        trainer = make_trainer(
-            tmp_path,
-            peft_config=peft_config,
-            gradient_checkpointing=checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": use_reentrant},
-            max_steps=1,
-        )
-        seen = []
-        trainer.add_callback(_Gradients(seen))
-        trainer.train()
-        assert trainer.model.is_gradient_checkpointing == checkpointing
-        results.append((trainer.state.log_history[0]["loss"], seen))
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
-    assert len(results[0][1]) == len(results[1][1]) > 0
-    for plain, checkpointed in zip(results[0][1], results[1][1], strict=True):
-        torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-5)
-
-
-class _Gradients(TrainerCallback):
-    def __init__(self, seen: list):
-        self.seen = seen
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.seen += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    options = {"peft_config": peft_config, "gradient_checkpointing_kwargs": {"use_reentrant": use_reentrant}}
+    check_gradient_checkpointing(partial(make_trainer, tmp_path, **options), atol=1e-5)
 
 
 # Normalized errors
@@ -401,7 +340,7 @@ def test_arguments_that_make_no_sense_are_refused(tmp_path, options, message):
 
 def test_wrong_datasets_are_refused(tmp_path):
     with pytest.raises(TypeError, match="`train_dataset` must be a `Dataset` or `IterableDataset`, got none"):
-        DiffusionCPOTrainer(tiny_sdxl_pipeline(), args=config(tmp_path))
+        DiffusionCPOTrainer(tiny_sdxl_pipeline(), args=config(DiffusionCPOConfig, tmp_path))
     with pytest.raises(TypeError, match="must be a `Dataset` or `IterableDataset`, got `IterableDatasetDict`"):
         make_trainer(tmp_path, data=IterableDatasetDict())
     with pytest.raises(ValueError, match="`cache_latents=True` can't be had for a stream"):

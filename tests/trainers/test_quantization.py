@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from diffusers.quantizers.bitsandbytes import BnB4BitDiffusersQuantizer, BnB8BitDiffusersQuantizer
 from peft import LoraConfig
 from tiny import ranked_dataset, tiny_flux_pipeline, tiny_sdxl_pipeline
+from training import make
 from transformers import BitsAndBytesConfig
 
 from trl_diffusion_rank import DiffusionCPOConfig, DiffusionCPOTrainer, RankedDiffusionDPOConfig
@@ -46,26 +47,10 @@ def folders(tmp_path_factory) -> dict[str, str]:
     return made
 
 
-def make_trainer(trainer_class, output_dir, model, quantization_config, peft_config="lora", **kwargs):
+def make_trainer(trainer_class, output_dir, model, quantization_config, **kwargs):
     config_class = RankedDiffusionDPOConfig if trainer_class is DPOTrainer else DiffusionCPOConfig
-    options = {
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "per_device_train_batch_size": 2,
-        "max_steps": 2,
-        "learning_rate": 1e-2,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "save_strategy": "no",
-    }
-    return trainer_class(
-        model=model,
-        args=config_class(str(output_dir), **(options | kwargs)),
-        train_dataset=ranked_dataset(),
-        peft_config=LoraConfig(r=4) if peft_config == "lora" else peft_config,
-        quantization_config=quantization_config,
-    )
+    kwargs = {"peft_config": LoraConfig(r=4), "quantization_config": quantization_config} | kwargs
+    return make(trainer_class, config_class, output_dir, model, ranked_dataset(), **kwargs)
 
 
 @pytest.mark.parametrize("trainer_class", [DPOTrainer, DiffusionCPOTrainer])

@@ -1,5 +1,6 @@
 import copy
 import logging
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,15 @@ from datasets import Dataset, IterableDataset
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig
 from tiny import random_image, ranked_dataset, tiny_sd_pipeline, tiny_sdxl_pipeline
+from training import (
+    adapter,
+    check_gradient_checkpointing,
+    config,
+    first_batch,
+    images,
+    lora,
+    make,
+)
 from transformers import TrainerCallback
 
 from trl_diffusion_rank import RankedDiffusionDPOConfig, RankedDiffusionDPOTrainer
@@ -16,56 +26,13 @@ from trl_diffusion_rank.diffusion.draws import draw_rows
 from trl_diffusion_rank.objectives.ranking import LOSS_TYPES
 
 
-EVERY_KIND_OF_LAYER = ["to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "proj_in"]
 PIPELINES = {"sd": tiny_sd_pipeline, "sdxl": tiny_sdxl_pipeline}
 
 
-def config(output_dir, **kwargs) -> RankedDiffusionDPOConfig:
-    options = {
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "per_device_train_batch_size": 2,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "learning_rate": 1e-2,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
-        "save_strategy": "no",
-    }
-    return RankedDiffusionDPOConfig(str(output_dir), **(options | kwargs))
-
-
-def lora(**kwargs) -> LoraConfig:
-    return LoraConfig(**({"r": 4, "lora_alpha": 12, "target_modules": EVERY_KIND_OF_LAYER} | kwargs))
-
-
-def make_trainer(output_dir, model=None, data=None, peft_config="lora", **kwargs) -> RankedDiffusionDPOTrainer:
-    arguments = ("ref_model", "eval_dataset", "processing_class", "callbacks", "compute_metrics", "data_collator")
-    return RankedDiffusionDPOTrainer(
-        model=tiny_sdxl_pipeline() if model is None else model,
-        args=config(output_dir, **{key: value for key, value in kwargs.items() if key not in arguments}),
-        train_dataset=ranked_dataset() if data is None else data,
-        peft_config=lora() if peft_config == "lora" else peft_config,
-        **{key: value for key, value in kwargs.items() if key in arguments},
-    )
-
-
-def adapter(trainer) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" in name}
-
-
-def first_batch(trainer, rows: int | None = None):
-    examples = [trainer.train_dataset[index] for index in range(rows or len(trainer.train_dataset))]
-    return trainer._prepare_inputs(trainer.data_collator(examples))
-
-
-def images(pipeline) -> np.ndarray:
-    generator = torch.Generator().manual_seed(3)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline(
-        ["a red cat", "a blue dog"], num_inference_steps=2, generator=generator, output_type="np", height=16, width=16
-    ).images
+def make_trainer(output_dir, model=None, data=None, **kwargs) -> RankedDiffusionDPOTrainer:
+    model = tiny_sdxl_pipeline() if model is None else model
+    data = ranked_dataset() if data is None else data
+    return make(RankedDiffusionDPOTrainer, RankedDiffusionDPOConfig, output_dir, model, data, **kwargs)
 
 
 # Training
@@ -230,28 +197,7 @@ def test_without_signal_every_margin_is_exactly_zero(tmp_path):
 
 @pytest.mark.parametrize("peft_config", ["lora", None])
 def test_gradient_checkpointing_changes_neither_loss_nor_gradient(tmp_path, peft_config):
-    results = []
-    for checkpointing in (False, True):
-        trainer = make_trainer(
-            tmp_path, peft_config=peft_config, gradient_checkpointing=checkpointing, beta=100.0, max_steps=1
-        )
-        seen = []
-        trainer.add_callback(_Gradients(seen))
-        trainer.train()
-        assert trainer.model.is_gradient_checkpointing == checkpointing
-        results.append((trainer.state.log_history[0]["loss"], seen))
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-6)
-    assert len(results[0][1]) == len(results[1][1]) > 0
-    for plain, checkpointed in zip(results[0][1], results[1][1], strict=True):
-        torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=1e-6)
-
-
-class _Gradients(TrainerCallback):
-    def __init__(self, seen: list):
-        self.seen = seen
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.seen += [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    check_gradient_checkpointing(partial(make_trainer, tmp_path, peft_config=peft_config, beta=100.0))
 
 
 # Reproducibility
@@ -706,7 +652,9 @@ def test_wrong_models_are_refused(tmp_path, sdxl_folder):
 
 def test_wrong_datasets_are_refused(tmp_path):
     with pytest.raises(ValueError, match="`train_dataset` is required"):
-        RankedDiffusionDPOTrainer(tiny_sdxl_pipeline(), args=config(tmp_path), peft_config=lora())
+        RankedDiffusionDPOTrainer(
+            tiny_sdxl_pipeline(), args=config(RankedDiffusionDPOConfig, tmp_path), peft_config=lora()
+        )
     with pytest.raises(TypeError, match="must be a `Dataset` or `IterableDataset`"):
         make_trainer(tmp_path, data=[{"prompt": "a"}])
     with pytest.raises(ValueError, match="`cache_latents=True` can't be had for a stream"):

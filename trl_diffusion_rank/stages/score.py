@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 HELP = "score the images and rank them"
-INPUTS = {"dataset_name": ("generate", "prompts"), "discriminator": "discriminator"}
+INPUTS = {"dataset_name": ("generate", "prompts")}
 
 # Columns with an entry for each image of a row, beside the scores
 PER_IMAGE = ("images", "sources", "seeds", "psi", "ranks", "scores")
@@ -97,7 +97,7 @@ class ScoreArguments(PublishingOptions):
     )
     discriminator: str | None = field(
         default=None,
-        metadata={"help": "What the scorer `discriminator` loads; in a run the output of the stage `discriminator`."},
+        metadata={"help": "Folder or Hub id that the scorer `discriminator` loads where it names no `model`."},
     )
     exclude_sources: list[str] | None = field(
         default=None, metadata={"help": "Images of these sources leave the rows, the real ones say."}
