@@ -118,7 +118,7 @@ def install(folder: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv(
         "PYTHONPATH", os.pathsep.join([str(folder), str(Path(__file__).parent), str(Path(__file__).parents[1])])
     )
-    for name in list(recipe.STAGES):
+    for name in reversed(list(recipe.STAGES)):  # put back in the reverse order of this
         monkeypatch.delitem(recipe.STAGES, name)
     for name, module in STAGES.items():
         monkeypatch.setitem(recipe.STAGES, name, module)

@@ -9,6 +9,9 @@ if TYPE_CHECKING:
     from trl_diffusion_rank.diffusion.families import recognise_family
     from trl_diffusion_rank.diffusion.loading import load_pipeline
     from trl_diffusion_rank.digits import digits_model_path
+    from trl_diffusion_rank.discriminator import AestheticDiscriminator, AestheticDiscriminatorProcessor
+    from trl_diffusion_rank.trainers.aesthetic_discriminator_config import AestheticDiscriminatorTrainerConfig
+    from trl_diffusion_rank.trainers.aesthetic_discriminator_trainer import AestheticDiscriminatorTrainer
     from trl_diffusion_rank.trainers.diffusion_cpo_config import DiffusionCPOConfig
     from trl_diffusion_rank.trainers.diffusion_cpo_trainer import DiffusionCPOTrainer
     from trl_diffusion_rank.trainers.ranked_diffusion_dpo_config import RankedDiffusionDPOConfig
@@ -16,6 +19,10 @@ if TYPE_CHECKING:
 
 # Imported when first asked for: the command line's --help must not wait for torch
 _EXPORTS = {
+    "AestheticDiscriminator": "trl_diffusion_rank.discriminator",
+    "AestheticDiscriminatorProcessor": "trl_diffusion_rank.discriminator",
+    "AestheticDiscriminatorTrainer": "trl_diffusion_rank.trainers.aesthetic_discriminator_trainer",
+    "AestheticDiscriminatorTrainerConfig": "trl_diffusion_rank.trainers.aesthetic_discriminator_config",
     "DiffusionCPOConfig": "trl_diffusion_rank.trainers.diffusion_cpo_config",
     "DiffusionCPOTrainer": "trl_diffusion_rank.trainers.diffusion_cpo_trainer",
     "RankedDiffusionDPOConfig": "trl_diffusion_rank.trainers.ranked_diffusion_dpo_config",
@@ -25,6 +32,10 @@ _EXPORTS = {
     "recognise_family": "trl_diffusion_rank.diffusion.families",
 }
 __all__ = [
+    "AestheticDiscriminator",
+    "AestheticDiscriminatorProcessor",
+    "AestheticDiscriminatorTrainer",
+    "AestheticDiscriminatorTrainerConfig",
     "DiffusionCPOConfig",
     "DiffusionCPOTrainer",
     "RankedDiffusionDPOConfig",

@@ -34,6 +34,7 @@ STAGES: dict[str, str] = {
     "prompts": "trl_diffusion_rank.stages.prompts",
     "caption": "trl_diffusion_rank.stages.caption",
     "generate": "trl_diffusion_rank.stages.generate",
+    "discriminator": "trl_diffusion_rank.stages.discriminator",
     "score": "trl_diffusion_rank.stages.score",
     "dpo": "trl_diffusion_rank.stages.dpo",
     "cpo": "trl_diffusion_rank.stages.cpo",

@@ -348,7 +348,8 @@ def test_preserve_mu_one_is_the_gradient_of_the_best_alone_where_losers_conflict
     _, held = _loss_and_gradient(make_trainer(tmp_path, data=ranked_dataset((2, 2)), beta=100.0, preserve_mu=1.0))
     trainer = _with_learnt_adapter(make_trainer(tmp_path, data=ranked_dataset((2, 2)), beta=100.0))
     batch = first_batch(trainer)
-    error, ref_error, residual = trainer._errors(trainer.model, batch, "train")
+    error, ref_error, answer = trainer._errors(trainer.model, batch, "train")
+    residual = (answer.prediction - answer.target).detach().flatten(1).view(2, 2, -1)
     best = batch["ranks"] == 1
     assert ((residual[best] * residual[~best]).sum(1) > 0).all()
     rewards = -50.0 * (torch.where(best, error, error.detach()) - ref_error)

@@ -30,7 +30,7 @@ class EncodedRowCollator:
 
     Every tensor has the rows first: `latents` (B, n, C, h, w) float16, what [`_collate_lists`] gives,
     `prompt_conditioning` {name: (B, ...)} and `image_conditioning` {name: (B, n, ...)}; where the reference's errors
-    are known in advance, `ref_errors` (B, n, K).
+    are known in advance, `ref_errors` (B, n, K). Besides them `prompts`, a list of B strings.
 
     A table of prompts belongs to each encoded dataset; `add_prompts` gives it a number that the rows carry.
     """
@@ -44,6 +44,7 @@ class EncodedRowCollator:
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         prompts = [self.prompt_tables[example["prompt_table"]][example["prompt_index"]] for example in examples]
+        texts = [row.pop("prompt") for row in prompts]
         image_keys = [key for key in examples[0] if key.startswith(IMAGE_CONDITIONING)]
         if "ref_errors" in examples[0]:
             ref_errors = [torch.tensor(example["ref_errors"]) for example in examples]
@@ -52,6 +53,7 @@ class EncodedRowCollator:
             known = {}
         return {
             **known,
+            "prompts": texts,
             "latents": pad_sequence([unpack(example["latents"]) for example in examples], batch_first=True),
             **_collate_lists(
                 [example["ranks"] for example in examples],
@@ -72,8 +74,8 @@ class RawRowCollator:
     """
     Batches of rows that are encoded at each step (`cache_latents=False`, streams).
 
-    As [`EncodedRowCollator`], with `images` (B, n, 3, H, W) uint8 instead of `latents` and `prompts`, a list of B
-    strings, instead of `prompt_conditioning`.
+    As [`EncodedRowCollator`], with `images` (B, n, 3, H, W) uint8 instead of `latents`, and without
+    `prompt_conditioning`.
     """
 
     def __init__(self, family: Family, resolution: int):

@@ -28,7 +28,7 @@ from trl_diffusion_rank.diffusion.families.base import Family
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1  # part of the fingerprint: raise it when what is written changes
+FORMAT_VERSION = 2  # part of the fingerprint: raise it when what is written changes
 TENSOR = {"data": Value("large_binary"), "shape": List(Value("int64")), "dtype": Value("string")}
 IMAGE_CONDITIONING = "image_conditioning."  # prefix of the columns of `Family.image_conditioning`
 
@@ -89,7 +89,10 @@ def load_images(row: RankedRow, family: Family, resolution: int, where: str) -> 
 
 @torch.no_grad()
 def encode_prompts(family: Family, prompts: list[str], name: str, fingerprint: str, batch_size: int) -> Dataset:
-    """A table with one row for each of the (distinct) `prompts`: its conditioning tensors as `TENSOR` columns."""
+    """
+    A table with one row for each of the (distinct) `prompts`: its conditioning tensors as `TENSOR` columns, and the
+    text itself as `prompt`, which a discriminator reads with its own text tower.
+    """
     keys = list(family.encode_prompts(prompts[:1]))
 
     def rows() -> Iterator[dict[str, Any]]:
@@ -97,11 +100,12 @@ def encode_prompts(family: Family, prompts: list[str], name: str, fingerprint: s
             for start in range(0, len(prompts), batch_size):
                 batch = prompts[start : start + batch_size]
                 embeddings = family.encode_prompts(batch)
-                for position in range(len(batch)):
-                    yield {key: pack(embeddings[key][position]) for key in keys}
+                for position, prompt in enumerate(batch):
+                    yield {"prompt": prompt, **{key: pack(embeddings[key][position]) for key in keys}}
                 progress.update(len(batch))
 
-    return _cached_table(rows, Features(dict.fromkeys(keys, TENSOR)), Hasher.hash((fingerprint, "prompts")))
+    features = Features({"prompt": Value("string"), **dict.fromkeys(keys, TENSOR)})
+    return _cached_table(rows, features, Hasher.hash((fingerprint, "prompts")))
 
 
 @torch.no_grad()

@@ -273,8 +273,8 @@ def crawl(
 
 def make_clean_images(prompts: Sequence[str], seed: int = 0) -> np.ndarray:
     """
-    For each of N prompts a clean image of what it asks for, `(N, 16, 16, 3)` uint8: a scan of the training split, drawn
-    at random among those of its digit.
+    For each of N prompts a clean image of what it asks for, `(N, 16, 16, 3)` uint8: a scan of the training split,
+    drawn at random among those of its digit.
     """
     rng = np.random.default_rng(seed)
     scans, labels = load_scans("train")

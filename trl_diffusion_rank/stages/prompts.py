@@ -269,7 +269,7 @@ def png(image: np.ndarray) -> dict[str, Any]:
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG")
+    Image.fromarray(image).save(buffer, "PNG", compress_level=1)  # as `generate` writes its own
     return {"bytes": buffer.getvalue(), "path": None}
 
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 
 HELP = "score the images and rank them"
-INPUTS = {"dataset_name": ("generate", "prompts")}
+INPUTS = {"dataset_name": ("generate", "prompts"), "discriminator": "discriminator"}
 
 # Columns with an entry for each image of a row, beside the scores
 PER_IMAGE = ("images", "sources", "seeds", "psi", "ranks", "scores")

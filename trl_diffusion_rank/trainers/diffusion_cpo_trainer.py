@@ -173,7 +173,7 @@ class DiffusionCPOTrainer(DiffusionTrainerMixin, CPOTrainer):
     ) -> tuple[Tensor, dict[str, float]]:
         ranks, mask = batch["ranks"], batch["mask"]  # (B, n)
         asked, target = self._noised(batch, self._visit(train_eval))
-        error, residual = self._ask(model, asked, target, mask)  # (B, n), (B, n, D)
+        error, answer = self._ask(model, asked, target, mask)  # (B, n)
         scale = self._scale(error.detach(), asked[1], mask, train_eval)  # (B, n)
 
         def loss_of(error: Tensor) -> Tensor:
@@ -190,10 +190,12 @@ class DiffusionCPOTrainer(DiffusionTrainerMixin, CPOTrainer):
             )
             return per_row.mean()
 
-        loss = self._preserving(loss_of, error, residual, ranks, mask)
+        loss = self._preserving(loss_of, error, answer, ranks, mask)
+        loss, adversarial = self._with_adversary(loss, answer, batch, train_eval)
         error = error.detach()
         cloning = {"nll_loss": anchor(error / scale, ranks, mask, self.beta)}
         metrics = self._mean_metrics(error, -0.5 * self.beta * error / scale, ranks, mask, cloning)
+        metrics |= adversarial
         prefix = "eval_" if train_eval == "eval" else ""
         return loss, {f"{prefix}{name}": value for name, value in metrics.items()}
 

@@ -15,6 +15,23 @@ _MEANINGLESS = {
     "include_num_input_tokens_seen": "there are no tokens to count",
 }
 
+_ADVERSARIAL_CHOICES = {"adversarial_mode": ("none", "frozen", "joint"), "adversarial_on": ("best", "all")}
+_BOTH_MODES = ("frozen", "joint")
+_ADVERSARIAL_MODES_OF = {  # in which modes an option does something
+    "adversarial_discriminator": _BOTH_MODES,
+    "adversarial_weight": _BOTH_MODES,
+    "adversarial_adaptive": _BOTH_MODES,
+    "adversarial_margin": ("frozen",),
+    "adversarial_on": _BOTH_MODES,
+    "adversarial_max_noise": _BOTH_MODES,
+    "adversarial_max_images": _BOTH_MODES,
+    "adversarial_start": _BOTH_MODES,
+    "adversarial_vae": _BOTH_MODES,
+    "discriminator_learning_rate": ("joint",),
+    "discriminator_trainable_layers": ("joint",),
+    "adversarial_regularization": ("joint",),
+}
+
 
 def refuse_meaningless(options: Any, config_class: type, reasons: dict[str, str]) -> None:
     """Raise `ValueError` for an option, a key of `reasons`, that was set to something else than its default."""
@@ -59,6 +76,43 @@ class DiffusionOptions:
         caption_dropout (`float`, *optional*, defaults to `0.0`):
             Probability in [0, 1) that a row loses its caption at a visit, all its images alike, as for training
             classifier-free guidance.
+
+        > Parameters that control the adversarial term
+
+        adversarial_mode (`str`, *optional*, defaults to `"none"`):
+            Add a discriminator's judgement of what the denoiser takes for the clean image, decoded, to the training
+            loss: `frozen` pays `relu(adversarial_margin - score)` to a discriminator as it is, `joint` pays `-score`
+            to one that is trained beside, on the best images as real and the estimates as fake. Evaluation leaves the
+            term out.
+        adversarial_discriminator (`str`, *optional*):
+            Folder or Hub id of the `AestheticDiscriminator` and its processor.
+        adversarial_weight (`float`, *optional*, defaults to `0.1`):
+            Weight of the term. A fixed one means something else for each loss: the gradients of ranking losses are a
+            hundred times those of behaviour cloning.
+        adversarial_adaptive (`bool`, *optional*, defaults to `False`):
+            Multiply the weight by the ratio of the lengths of the main loss's gradient and the term's at the last
+            LoRA-B weight (a moving average; https://huggingface.co/papers/2012.09841), so that it means
+            the same for each loss.
+        adversarial_margin (`float`, *optional*, defaults to `1.0`):
+            Score beyond which the `frozen` mode has nothing more to ask for.
+        adversarial_on (`str`, *optional*, defaults to `"best"`):
+            Whether the estimates of the `best` images of each row are judged, or of `all`.
+        adversarial_max_noise (`float`, *optional*):
+            Largest sigma / alpha of an estimate that is judged, at most 500. Defaults to that of timestep 500 of 1000,
+            for flow matching to 1.5 (sigma = 0.6), for `timestep_sampling="turbo"` to whatever has a signal.
+        adversarial_max_images (`int`, *optional*, defaults to `4`):
+            Images that a process decodes and judges in one forward pass, drawn from those that could be: a bound on
+            memory.
+        adversarial_start (`float`, *optional*, defaults to `0.0`):
+            Share of the steps, in [0, 1), before which the term is off and costs nothing.
+        adversarial_vae (`str`, *optional*):
+            Folder or Hub id of an `AutoencoderTiny` that decodes instead of the pipeline's VAE.
+        discriminator_learning_rate (`float`, *optional*, defaults to `1e-4`):
+            Of the `joint` mode's discriminator, which has its own AdamW, one step for each of the denoiser's.
+        discriminator_trainable_layers (`int`, *optional*, defaults to `0`):
+            How many of the last layers of its vision tower are trained besides its head.
+        adversarial_regularization (`float`, *optional*, defaults to `100.0`):
+            Weight of `||D(x) - D(x + 0.01 n)||^2` in its loss (https://huggingface.co/papers/2501.08316).
 
         > Parameters that control the data
 
@@ -120,6 +174,69 @@ class DiffusionOptions:
         metadata={"help": "Probability in [0, 1) that a row loses its caption at a visit, all its images alike."},
     )
 
+    # Parameters that control the adversarial term
+    adversarial_mode: str = field(
+        default="none",
+        metadata={
+            "help": "A discriminator in the loss, which judges the denoiser's clean estimates: `frozen` as it is, "
+            "`joint` trained beside.",
+            "choices": ["none", "frozen", "joint"],
+        },
+    )
+    adversarial_discriminator: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of the aesthetic discriminator of the adversarial term."}
+    )
+    adversarial_weight: float = field(
+        default=0.1,
+        metadata={
+            "help": "Weight of the adversarial term; with `adversarial_adaptive` in lengths of the main loss's "
+            "gradient."
+        },
+    )
+    adversarial_adaptive: bool = field(
+        default=False,
+        metadata={
+            "help": "Multiply `adversarial_weight` by the ratio of the lengths of both gradients at the last LoRA-B "
+            "weight, as in VQGAN."
+        },
+    )
+    adversarial_margin: float = field(
+        default=1.0, metadata={"help": "Score beyond which the `frozen` adversarial term asks for nothing more."}
+    )
+    adversarial_on: str = field(
+        default="best",
+        metadata={
+            "help": "Whose estimates are judged: those of each row's best images, or of all.",
+            "choices": ["best", "all"],
+        },
+    )
+    adversarial_max_noise: float | None = field(
+        default=None,
+        metadata={
+            "help": "Largest sigma / alpha of an estimate that is judged. Defaults to that of the schedule's middle, "
+            "for flow matching 1.5, for `turbo` whatever has a signal."
+        },
+    )
+    adversarial_max_images: int = field(
+        default=4, metadata={"help": "Images that a process decodes and judges in one forward pass: bounds memory."}
+    )
+    adversarial_start: float = field(
+        default=0.0, metadata={"help": "Share of the steps, in [0, 1), before which the adversarial term is off."}
+    )
+    adversarial_vae: str | None = field(
+        default=None,
+        metadata={"help": "Folder or Hub id of an AutoencoderTiny that decodes instead of the pipeline's VAE."},
+    )
+    discriminator_learning_rate: float = field(
+        default=1e-4, metadata={"help": "Of the `joint` mode's discriminator, which has its own AdamW."}
+    )
+    discriminator_trainable_layers: int = field(
+        default=0, metadata={"help": "Last layers of the vision tower that `joint` trains besides the head."}
+    )
+    adversarial_regularization: float = field(
+        default=100.0, metadata={"help": "Weight of ||D(x) - D(x + 0.01 n)||^2 in the `joint` discriminator's loss."}
+    )
+
     # Parameters that control the data
     resolution: int | None = field(
         default=None,
@@ -165,5 +282,39 @@ class DiffusionOptions:
             raise ValueError(f"`caption_dropout` must be in [0, 1), got {self.caption_dropout}.")
         if self.on_bad_row not in ("error", "skip"):
             raise ValueError(f"`on_bad_row` must be 'error' or 'skip', got {self.on_bad_row!r}.")
+        DiffusionOptions._check_adversarial_options(self)
         # What can be said of the grid without the model; the trainer knows how long its schedule is
         allowed_timesteps(self.timestep_sampling or "uniform", self.timesteps, num_train_timesteps=10**9)
+
+    def _check_adversarial_options(self) -> None:
+        for option, allowed in _ADVERSARIAL_CHOICES.items():
+            if getattr(self, option) not in allowed:
+                names = ", ".join(map(repr, allowed))
+                raise ValueError(f"`{option}` must be one of {names}, got {getattr(self, option)!r}.")
+        mode = self.adversarial_mode
+        for option, modes in _ADVERSARIAL_MODES_OF.items():
+            default = DiffusionOptions.__dataclass_fields__[option].default
+            if mode not in modes and getattr(self, option) != default:
+                raise ValueError(
+                    f"`{option}={getattr(self, option)!r}` does nothing with `adversarial_mode={mode!r}`. Leave it "
+                    f"out, or choose {' or '.join(map(repr, modes))}."
+                )
+        if mode != "none" and not self.adversarial_discriminator:
+            raise ValueError(
+                f"`adversarial_mode={mode!r}` needs `adversarial_discriminator`, the folder or Hub id of an aesthetic "
+                "discriminator; got none."
+            )
+        for option in ("adversarial_weight", "discriminator_learning_rate"):
+            if not getattr(self, option) > 0:
+                raise ValueError(f"`{option}` must be positive, got {getattr(self, option)}.")
+        least = {"adversarial_max_images": 1, "discriminator_trainable_layers": 0, "adversarial_regularization": 0}
+        for option, value in least.items():
+            if not getattr(self, option) >= value:
+                raise ValueError(f"`{option}` must be at least {value}, got {getattr(self, option)}.")
+        if not 0 <= self.adversarial_start < 1:
+            raise ValueError(f"`adversarial_start` must be in [0, 1), got {self.adversarial_start}.")
+        if self.adversarial_max_noise is not None and not 0 < self.adversarial_max_noise <= 500:
+            raise ValueError(
+                f"`adversarial_max_noise` must be in (0, 500], got {self.adversarial_max_noise}: it is sigma / alpha, "
+                "and beyond there is no signal that an estimate could be made of."
+            )

@@ -31,6 +31,7 @@ from trl_diffusion_rank.diffusion.weighting import timestep_weights
 from trl_diffusion_rank.objectives import monitors
 from trl_diffusion_rank.objectives.ranking import better_than
 from trl_diffusion_rank.objectives.safeguards import preservation_scales, scale_gradient
+from trl_diffusion_rank.trainers.adversarial import AdversarialTerm, Answer, load_discriminator
 from trl_diffusion_rank.trainers.callbacks import MovingAverage, SkipNonFiniteSteps
 
 
@@ -86,6 +87,12 @@ class DiffusionTrainerMixin:
                 "of the model's VAE times the side of the denoiser's patches."
             )
 
+        self._adversary: AdversarialTerm | None = None
+        if args.adversarial_mode != "none":
+            discriminator = load_discriminator(args.adversarial_discriminator)
+            drawn = (self.timestep_sampling, self.timestep_grid)
+            self._adversary = AdversarialTerm(args, self.family, *discriminator, *drawn)
+
         if args.caption_dropout:
             with torch.no_grad():
                 self._unconditional = self.family.encode_unconditional()
@@ -116,6 +123,9 @@ class DiffusionTrainerMixin:
                 )
             self._average = MovingAverage(self.args.ema_decay)
             self.add_callback(self._average)
+        if self._adversary is not None:
+            self._check_adaptive_weight()
+            self._adversary.prepare(self.accelerator, self.model)
         self.processing_class = None  # TRL was given a tokenizer; none belongs beside a denoiser's weights
         if self.cache_latents:
             self.family.drop_encoders()
@@ -128,6 +138,25 @@ class DiffusionTrainerMixin:
             for component in self.family.encoders.values():
                 component.to(self.args.device)
         del self._pipeline
+
+    def _check_adaptive_weight(self) -> None:
+        """The adaptive weight looks at a gradient in the middle of a step, which not every set-up has."""
+        if not self.args.adversarial_adaptive:
+            return
+        plugin = self.accelerator.state.deepspeed_plugin
+        reasons = {
+            "FSDP, which shards the weight at which gradients are compared": self.is_fsdp_enabled,
+            "DeepSpeed's ZeRO-3, which shards the weight at which gradients are compared": (
+                plugin is not None and plugin.zero_stage == 3
+            ),
+            "reentrant gradient checkpointing; set `gradient_checkpointing_kwargs={'use_reentrant': False}`": (
+                self.args.gradient_checkpointing
+                and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
+            ),
+        }
+        for reason, found in reasons.items():
+            if found:
+                raise ValueError(f"`adversarial_adaptive=True` can't be used with {reason}, or leave it out.")
 
     # Dataset
 
@@ -224,31 +253,41 @@ class DiffusionTrainerMixin:
 
     def _ask(
         self, model: nn.Module, asked: tuple[Tensor, Tensor, dict[str, Tensor]], target: Tensor, mask: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """
-        One forward pass for all images: errors (B, n) with their graph, and residuals (B, n, D), prediction minus
-        target, without.
-        """
+    ) -> tuple[Tensor, Answer]:
+        """One forward pass for all images: errors (B, n), and the answer they are those of, both with their graph."""
         with self.accelerator.autocast():
             prediction = model(*asked)  # (M, C, h, w)
         error = denoising_error(prediction, target)
         if self.args.timestep_weighting != "constant":
             error = error * timestep_weights(self.family, self.args.timestep_weighting, asked[1])
         error = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, error)
-        residual = (prediction.detach().float() - target.float()).flatten(1)  # (M, D)
-        empty = torch.zeros(*mask.shape, residual.size(1), device=mask.device)
-        return error, empty.masked_scatter(mask.unsqueeze(2), residual)
+        return error, Answer(asked[0], asked[1], prediction, target)
 
     def _preserving(
-        self, loss_of: Callable[[Tensor], Tensor], error: Tensor, residual: Tensor, ranks: Tensor, mask: Tensor
+        self, loss_of: Callable[[Tensor], Tensor], error: Tensor, answer: Answer, ranks: Tensor, mask: Tensor
     ) -> Tensor:
         """The loss of errors (B, n), with the losers' gradient scaled down where `preserve_mu` asks for it."""
         if self.args.preserve_mu is None or not error.requires_grad:
             return loss_of(error)
         fixed = error.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(loss_of(fixed), fixed)
+        of_images = (answer.prediction.detach().float() - answer.target.float()).flatten(1)  # (M, D)
+        residual = torch.zeros(*mask.shape, of_images.size(1), device=mask.device)
+        residual = residual.masked_scatter(mask.unsqueeze(2), of_images)  # (B, n, D)
         scales = preservation_scales(gradient, residual, ranks, mask, self.args.preserve_mu)
         return loss_of(scale_gradient(error, scales))
+
+    def _with_adversary(
+        self, loss: Tensor, answer: Answer, inputs: dict[str, Any], mode: str
+    ) -> tuple[Tensor, dict[str, float]]:
+        """
+        The loss with the adversarial term, and what that logs. An evaluation leaves it out: with a discriminator that
+        learns, its losses couldn't be compared.
+        """
+        is_off = self.state.global_step < self.args.adversarial_start * self.state.max_steps
+        if self._adversary is None or mode == "eval" or is_off:
+            return loss, {}
+        return self._adversary(loss, answer, inputs, self._visit(mode))
 
     def _latents_and_conditioning(self, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """Latents (M, C, h, w) in float32 and conditioning {name: (M, ...)} of the images of all rows in turn."""
@@ -332,18 +371,24 @@ class DiffusionTrainerMixin:
                 hub.save_lora(self.model, self.family, folder, state_dict)
             elif not is_checkpoint:
                 hub.save_denoiser(self.model, self.family, folder)
+        if self._adversary is not None and not is_checkpoint:
+            self._adversary.save_discriminator(folder / "discriminator")
 
-    # Adds the moving average
+    # Adds the moving average and the adversarial term's state
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)
         if self._average is not None and self.args.should_save:
             self._average.save(output_dir)
+        if self._adversary is not None and self.args.should_save:
+            self._adversary.save(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if self._average is not None and checkpoint is not None:
             self._average.load(checkpoint)
             self._average.weights = [weight.to(self.args.device) for weight in self._average.weights]
+        if self._adversary is not None and checkpoint is not None:
+            self._adversary.load(checkpoint)
 
     # Replaces TRL's card, which shows a text-generation pipeline
     def create_model_card(

@@ -24,6 +24,7 @@ from trl_diffusion_rank.diffusion.denoiser import DenoiserModel
 from trl_diffusion_rank.diffusion.draws import EVALUATION
 from trl_diffusion_rank.objectives.ranking import ranking_loss
 from trl_diffusion_rank.objectives.safeguards import anchor, dpop
+from trl_diffusion_rank.trainers.adversarial import Answer
 from trl_diffusion_rank.trainers.diffusion_trainer import DiffusionTrainerMixin, refuse
 from trl_diffusion_rank.trainers.displacement import TOLERANCE, DisplacementMonitor
 from trl_diffusion_rank.trainers.ranked_diffusion_dpo_config import RankedDiffusionDPOConfig
@@ -163,7 +164,7 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Tensor:
         mode = "train" if self.model.training else "eval"
         ranks, mask = inputs["ranks"], inputs["mask"]  # (B, n)
-        error, ref_error, residual = self._errors(model, inputs, mode)  # (B, n), (B, n), (B, n, D)
+        error, ref_error, answer = self._errors(model, inputs, mode)  # (B, n), (B, n)
 
         def loss_of(error: Tensor) -> Tensor:
             logps, ref_logps = -0.5 * error, -0.5 * ref_error
@@ -183,15 +184,18 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
                 )
             return per_row.mean()
 
-        loss = self._preserving(loss_of, error, residual, ranks, mask)
+        loss = self._preserving(loss_of, error, answer, ranks, mask)
+        loss, adversarial = self._with_adversary(loss, answer, inputs, mode)
         rewards = -0.5 * self.beta * (error.detach() - ref_error)
         self._store_metrics(mode, error.detach(), ref_error, rewards, ranks, mask)
+        for name, value in adversarial.items():
+            self._metrics[mode][name].append(value)
         return loss
 
-    def _errors(self, model: nn.Module, inputs: dict[str, Any], mode: str) -> tuple[Tensor, Tensor, Tensor]:
+    def _errors(self, model: nn.Module, inputs: dict[str, Any], mode: str) -> tuple[Tensor, Tensor, Answer]:
         """
-        Denoising errors of the trained model and of the reference, (B, n) each, and the residuals (B, n, D) of the
-        trained model; 0 where the row is padded.
+        Denoising errors of the trained model and of the reference, (B, n) each, 0 where the row is padded, and the
+        trained model's answer.
         """
         mask = inputs["mask"]  # (B, n)
         visit = self._visit(mode)
@@ -201,8 +205,8 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
         else:
             # The reference first: the adapter is active again when the graph is built and checkpoints recompute
             ref_error = self._reference_error(asked, target, mask)
-        error, residual = self._ask(model, asked, target, mask)
-        return error, ref_error, residual
+        error, answer = self._ask(model, asked, target, mask)
+        return error, ref_error, answer
 
     # With `num_reference_draws` a row's draws repeat, so that their reference errors can be known in advance
     def _visit(self, mode: str) -> int:
