@@ -3,6 +3,7 @@
 import argparse
 import json
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from trl_diffusion_rank.diffusion.sampling import load_tuned, sample_images
 from trl_diffusion_rank.evaluation.judges import Judge, load_judge, pixel_features
 from trl_diffusion_rank.evaluation.statistics import bootstrap_interval, diversity, frechet_distance
 from trl_diffusion_rank.objectives.ranking import extremes
+from trl_diffusion_rank.scorers import Scorer
 
 
 FORWARDS = 40  # images a step
@@ -91,8 +93,13 @@ def train(
     return {"seconds": metrics["train_runtime"], "steps": trainer.state.global_step}
 
 
-def evaluate(adapter: str | None, prompts: list[str], judge: Judge) -> dict[str, float | list[float]]:
-    """Shares, Frechet distance and diversity of one image a prompt at each number of steps, seeds fixed."""
+def evaluate(
+    adapter: str | None, prompts: list[str], judge: Judge, second: Scorer | None = None
+) -> dict[str, float | list[float]]:
+    """
+    Shares, Frechet distance and diversity of one image a prompt at each number of steps, seeds fixed; and the mean
+    score of a `second` scorer.
+    """
     pipeline = load_pipeline("digits")
     pipeline.set_progress_bar_config(disable=True)
     if adapter:
@@ -109,18 +116,22 @@ def evaluate(adapter: str | None, prompts: list[str], judge: Judge) -> dict[str,
         numbers[f"good@{steps} per image"] = judged["good"].tolist()
         numbers[f"frechet@{steps}"] = frechet_distance(judge.features(images), judge.reference_features())
         numbers[f"diversity@{steps}"] = diversity(pixel_features(images), judge.groups(prompts))
+        if second is not None:
+            numbers[f"second@{steps}"] = float(np.mean(second.score(images, prompts)))
     return numbers
 
 
 def table(results: dict[str, list[dict]]) -> str:
     """Means over seeds; `good` with a bootstrap 95 % interval over prompts, the images of all seeds taken together."""
-    columns = [f"{name}@{steps}" for steps in STEPS_OF_SAMPLING for name in ("clean", "good", "frechet", "diversity")]
+    names = ("clean", "good", "frechet", "diversity", "second")
+    columns = [f"{name}@{steps}" for steps in STEPS_OF_SAMPLING for name in names]
+    columns = [column for column in columns if all(column in run for runs in results.values() for run in runs)]
     lines = ["| method (beta), trainings | " + " | ".join(columns) + " | seconds |", "|---" * (len(columns) + 2) + "|"]
     for name, runs in results.items():
         cells = [f"{name}, {len(runs)}"]
         for column in columns:
             mean = np.mean([run[column] for run in runs])
-            cell = f"{mean:.1f}" if column.startswith("frechet") else f"{mean:.2f}"
+            cell = f"{mean:.1f}" if column.startswith(("frechet", "second")) else f"{mean:.2f}"
             if column.startswith("good"):
                 per_prompt = np.mean([run[f"{column} per image"] for run in runs], axis=0)
                 low, high = bootstrap_interval(per_prompt)
@@ -136,8 +147,8 @@ def load_run(run_dir: Path, parser: argparse.ArgumentParser) -> tuple[Dataset, l
     """The ranked lists and test prompts of a finished run, and the fitted judge. Sets up one quiet thread."""
     if not (run_dir / "score" / "stage.json").exists():
         parser.error(
-            f"`{run_dir}` holds no ranked images. First: trl-diffusion-rank run --recipe recipes/digits_rank4.yaml "
-            "--only prompts generate score"
+            f"`{run_dir}` holds no ranked images. First: trl-diffusion-rank run --recipe "
+            "recipes/digits_cpo_rank4.yaml --only prompts generate score"
         )
     torch.set_num_threads(1)  # the model is so small that a second thread costs more than it brings
     transformers_logging.set_verbosity_error()
@@ -146,7 +157,14 @@ def load_run(run_dir: Path, parser: argparse.ArgumentParser) -> tuple[Dataset, l
     return lists, prompts, load_judge("digits")
 
 
-def run_methods(methods: dict[str, dict | None], doc: str, default_seeds: int, output: str) -> None:
+def run_methods(
+    methods: dict[str, dict | None],
+    doc: str,
+    default_seeds: int,
+    output: str,
+    run_dir: str = "runs/digits_cpo_rank4",
+    second: Callable[[], Scorer] | None = None,
+) -> None:
     """
     The command line of a benchmark: train and judge every method, and print the table as it grows.
 
@@ -155,9 +173,11 @@ def run_methods(methods: dict[str, dict | None], doc: str, default_seeds: int, o
         doc: the benchmark's docstring, for `--help`.
         default_seeds: trainings of each method.
         output: JSON file of every number of every run; a benchmark that was cut off goes on from it.
+        run_dir: where the lists are, unless the command line says otherwise.
+        second: loads a scorer that took no part, whose mean score is in the table.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run_dir", default="runs/digits_rank4", help="finished run with the stages up to `score`")
+    parser.add_argument("--run_dir", default=run_dir, help="finished run with the stages up to `score`")
     parser.add_argument(
         "--seeds", type=int, default=default_seeds, help=f"trainings a method (default: {default_seeds})"
     )
@@ -167,15 +187,16 @@ def run_methods(methods: dict[str, dict | None], doc: str, default_seeds: int, o
     lists, prompts, judge = load_run(Path(args.run_dir), parser)
     path = Path(args.output)
     results = json.loads(path.read_text()) if path.exists() else {}
+    scorer = second() if second is not None else None
     for name in args.methods:
         runs = results.setdefault(name, [])
         for seed in range(len(runs), 1 if methods[name] is None else args.seeds):
             with tempfile.TemporaryDirectory() as folder:
                 if methods[name] is None:
-                    runs.append({"seconds": None, **evaluate(None, prompts, judge)})
+                    runs.append({"seconds": None, **evaluate(None, prompts, judge, scorer)})
                 else:
                     trained = train(lists, folder, seed=seed, **methods[name])
-                    runs.append({**trained, **evaluate(folder, prompts, judge)})
+                    runs.append({**trained, **evaluate(folder, prompts, judge, scorer)})
             path.write_text(json.dumps(results))
             print(table({name: runs}), flush=True)
     print("\n" + table({name: results[name] for name in args.methods}))

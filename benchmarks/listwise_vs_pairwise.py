@@ -1,7 +1,7 @@
 """
 List losses against pair losses at equal image-forwards, on the embedded world.
 
-    trl-diffusion-rank run --recipe recipes/digits_rank4.yaml --only prompts generate score
+    trl-diffusion-rank run --recipe recipes/digits_cpo_rank4.yaml --only prompts generate score
     python benchmarks/listwise_vs_pairwise.py
 
 Every method takes 200 steps of 40 image-forwards from the same lists of four: ten lists for the list losses, twenty

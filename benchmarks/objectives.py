@@ -1,7 +1,7 @@
 """
 Every objective, and every safeguard in a run that is made to collapse, on the embedded world.
 
-    trl-diffusion-rank run --recipe recipes/digits_rank4.yaml --only prompts generate score
+    trl-diffusion-rank run --recipe recipes/digits_cpo_rank4.yaml --only prompts generate score
     python benchmarks/objectives.py
 
 Every method takes 200 steps of 40 image-forwards from the same lists of four, each loss at a beta that suits it. The

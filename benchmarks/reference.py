@@ -1,7 +1,7 @@
 """
 Reference errors in advance against the reference at each step, on the embedded world: time and quality.
 
-    trl-diffusion-rank run --recipe recipes/digits_rank4.yaml --only prompts generate score
+    trl-diffusion-rank run --recipe recipes/digits_cpo_rank4.yaml --only prompts generate score
     python benchmarks/reference.py
 
 A run of three epochs (120 steps of ten lists of four), and a sweep of four betas of such runs. The seconds in advance
@@ -28,7 +28,9 @@ KINDS = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run_dir", default="runs/digits_rank4", help="finished run with the stages up to `score`")
+    parser.add_argument(
+        "--run_dir", default="runs/digits_cpo_rank4", help="finished run with the stages up to `score`"
+    )
     args = parser.parse_args()
     lists, prompts, judge = load_run(Path(args.run_dir), parser)
     cache = Path(tempfile.mkdtemp())
