@@ -9,6 +9,7 @@ from PIL import Image
 
 from trl_diffusion_rank import digits_model_path
 from trl_diffusion_rank.cli import main
+from trl_diffusion_rank.data.loading import load_splits
 from trl_diffusion_rank.recipe import check_shared, check_stage, load_recipe, stage_actions, stage_parser
 
 
@@ -20,6 +21,7 @@ SMALL = [
     *("--dpo.logging_steps", "1", "--evaluate.num_inference_steps", "2"),
 ]
 SMALL_CPO = [option.replace("--dpo.", "--cpo.") for option in SMALL]
+SMALL += ["--discriminator.max_steps", "2", "--discriminator.per_device_train_batch_size", "4"]
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
@@ -30,7 +32,11 @@ def test_recipe_is_complete_and_every_value_is_accepted(path, tmp_path):
         check_stage(stage, recipe, tmp_path)
     training = "cpo" if "_cpo_" in path.stem else "dpo"
     stages = ["prompts", "generate", "score", training, "evaluate"]
-    assert list(recipe.sections) == (["prompts", "caption", "generate"] if path.stem.startswith("coyo") else stages)
+    if path.stem == "digits_rank4":
+        stages.insert(2, "discriminator")
+    if path.stem == "coyo_discriminator":
+        stages = ["prompts", "caption", "generate", "discriminator"]
+    assert list(recipe.sections) == stages
 
 
 def test_small_digits_run_from_prompts_to_report(tmp_path, capfd):
@@ -39,6 +45,10 @@ def test_small_digits_run_from_prompts_to_report(tmp_path, capfd):
     assert main(run) == 0
     output = capfd.readouterr().out
     assert "| good" in output or "digits good" in output, "base against tuned is printed"
+    assert "The discriminator picks the real image in" in output
+    assert "real" not in {
+        source for row in load_splits(str(tmp_path / "run/score"))["train"]["sources"] for source in row
+    }
     metrics = json.loads((tmp_path / "run/evaluate/metrics.json").read_text())
     assert {result["metric"] for result in metrics["results"]} >= {"clean", "digit", "ink", "good", "frechet"}
     assert Image.open(tmp_path / "run/evaluate/grid.png").width > 300
@@ -47,7 +57,7 @@ def test_small_digits_run_from_prompts_to_report(tmp_path, capfd):
     assert pipeline.get_active_adapters()
 
     assert main(run) == 0
-    assert capfd.readouterr().out.count("unchanged, skipped") == 5
+    assert capfd.readouterr().out.count("unchanged, skipped") == 6
 
 
 @pytest.mark.slow
