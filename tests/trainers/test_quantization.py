@@ -54,7 +54,7 @@ def make_trainer(trainer_class, output_dir, model, quantization_config, **kwargs
 
 
 @pytest.mark.parametrize("trainer_class", [DPOTrainer, DiffusionCPOTrainer])
-@pytest.mark.parametrize("denoiser", ["unet", "transformer"])
+@pytest.mark.parametrize("denoiser", ["unet", pytest.param("transformer", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_lora_on_a_quantized_base_trains_and_loads_on_the_full_one(
     tmp_path, without_accelerator, folders, trainer_class, denoiser, bits
