@@ -106,7 +106,10 @@ class AdversarialTerm:
     def prepare(self, accelerator: Accelerator, denoiser: nn.Module) -> None:
         """After the trainer's set-up: move to the device, make the discriminator's optimizer."""
         self.accelerator = accelerator
-        self._weight_at = last_trained_weight(denoiser) if self.args.adversarial_adaptive else None
+        self._weight_at: nn.Parameter | None = None
+        if self.args.adversarial_adaptive:
+            self._weight_at = last_trained_weight(denoiser)
+            denoiser.register_forward_hook(self._keep_output)
         self.device = accelerator.device
         self.decoder.pipeline.vae.to(self.device)
         self.discriminator.to(self.device)
@@ -157,7 +160,7 @@ class AdversarialTerm:
             return loss, {}
         weight = self.args.adversarial_weight
         if self._weight_at is not None:
-            weight *= self._ratio(loss, value)
+            weight *= self._ratio(loss, value, answer.prediction)
         return loss + weight * value, self._logs(sums, totals, weight)
 
     def _logs(self, sums: dict[str, Any], totals: list[float], weight: float) -> dict[str, float]:
@@ -247,12 +250,23 @@ class AdversarialTerm:
             return images.unconditional
         return self.discriminator.pair_scores(images, captions).diagonal()
 
-    def _ratio(self, loss: Tensor, value: Tensor) -> float:
+    def _keep_output(self, denoiser: nn.Module, inputs: Any, output: Tensor) -> Tensor | None:
+        """
+        Forward hook: what comes out of the denoiser before DeepSpeed's engine hangs hooks on it, to which any gradient
+        that passes is the backward pass of the step. The engine gets another view of it.
+        """
+        if not output.requires_grad:  # the reference
+            return None
+        self._output = output
+        return output.view_as(output)
+
+    def _ratio(self, loss: Tensor, value: Tensor, prediction: Tensor) -> float:
         """The moving average of the ratio of both gradients, those that all processes have together."""
         gradients = []
         for scalar in (loss, value):
             if scalar.requires_grad:
-                (gradient,) = torch.autograd.grad(scalar, self._weight_at, retain_graph=True)
+                (gradient,) = torch.autograd.grad(scalar, prediction, retain_graph=True)
+                (gradient,) = torch.autograd.grad(self._output, self._weight_at, gradient, retain_graph=True)
                 gradients.append(gradient.float())
             else:  # this process has no image to judge
                 gradients.append(torch.zeros_like(self._weight_at, dtype=torch.float32))

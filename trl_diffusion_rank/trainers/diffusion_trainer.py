@@ -257,6 +257,7 @@ class DiffusionTrainerMixin:
         """One forward pass for all images: errors (B, n), and the answer they are those of, both with their graph."""
         with self.accelerator.autocast():
             prediction = model(*asked)  # (M, C, h, w)
+        prediction = prediction.view_as(prediction)  # without the hooks of DeepSpeed's engine; see `AdversarialTerm`
         error = denoising_error(prediction, target)
         if self.args.timestep_weighting != "constant":
             error = error * timestep_weights(self.family, self.args.timestep_weighting, asked[1])
