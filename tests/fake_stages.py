@@ -1,7 +1,7 @@
 """
 Three tiny stages without torch, and a heavy one whose module says so, for the tests of recipe, runner and CLI.
 
-    grow -> count -> report,  heavy
+    grow -> count -> total,  heavy
 
 The tests put their modules into `STAGES`; so does this file in the launched processes, which import it by name.
 """
@@ -16,7 +16,7 @@ from typing import Any, Literal
 from trl_diffusion_rank import recipe
 
 
-STAGES = {name: f"fake_{name}" for name in ("grow", "count", "report", "heavy")}
+STAGES = {name: f"fake_{name}" for name in ("grow", "count", "total", "heavy")}
 
 
 @dataclass
@@ -57,8 +57,9 @@ class CountArguments:
 
 
 @dataclass
-class ReportArguments:
-    counts: str | None = field(default=None, metadata={"help": "What to report."})
+class TotalArguments:
+    counts: str | None = field(default=None, metadata={"help": "What to add up."})
+    all_counts: list[str] | None = field(default=None, metadata={"help": "Several of them."})
     seed: int = field(default=0, metadata={"help": "Seed."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder to write."})
 
@@ -125,7 +126,7 @@ def install(folder: Path, monkeypatch: Any) -> None:
 
 
 def write_modules(folder: Path) -> None:
-    inputs = {"count": {"dataset_name": "grow"}, "report": {"counts": "count"}, "heavy": {"counts": "count"}}
+    inputs = {"count": {"dataset_name": "grow"}, "total": {"counts": "count"}, "heavy": {"counts": "count"}}
     for name in STAGES:
         text = MODULE.format(
             name=name,

@@ -37,11 +37,11 @@ def grow(section, *argv):
 
 class TestFile:
     def test_reads_in_order(self):
-        recipe = load_recipe(write("shared: {seed: 1}\nlaunch: {cpu: true}\ngrow: {number: 5}\ncount:\nreport: {}\n"))
+        recipe = load_recipe(write("shared: {seed: 1}\nlaunch: {cpu: true}\ngrow: {number: 5}\ncount:\ntotal: {}\n"))
         assert recipe.name == "r"
         assert recipe.shared == {"seed": 1}
         assert recipe.launch == {"cpu": True}
-        assert list(recipe.sections.items()) == [("grow", {"number": 5}), ("count", {}), ("report", {})]
+        assert list(recipe.sections.items()) == [("grow", {"number": 5}), ("count", {}), ("total", {})]
 
     def test_dump_is_read_back(self, tmp_path):
         recipe = load_recipe(
@@ -61,7 +61,7 @@ class TestFile:
             ("- grow", "`r.yaml` holds a list, expected a mapping with one section per stage: grow, count"),
             ("", "`r.yaml` holds a NoneType"),
             ("grow: [", "`r.yaml` is not valid YAML"),
-            ("grwo: {}", "unknown stage `grwo` in r.yaml; did you mean `grow`\\? \\(stages: grow, count, report"),
+            ("grwo: {}", "unknown stage `grwo` in r.yaml; did you mean `grow`\\? \\(stages: grow, count, total"),
             ("grow: 3", "section `grow` in r.yaml is 3, expected a mapping"),
             ("grow: {number: 1, number: 2}", "the key `number` appears twice"),
             ("grow: {output_dir: x}", "`output_dir` in section `grow` of r.yaml: remove it"),
@@ -151,22 +151,32 @@ class TestParseStage:
         assert parse_stage("count", ["--recipe", write("count: {}")])[0].dataset_name is None
 
     def test_an_input_that_several_stages_can_fill(self, monkeypatch):
-        monkeypatch.setattr(stage_module("report"), "INPUTS", {"counts": ("grow", "count")})
+        monkeypatch.setattr(stage_module("total"), "INPUTS", {"counts": ("grow", "count")})
         for sections, stage in (("grow: {}", "grow"), ("count: {}", "count")):
-            args = parse_stage("report", ["--recipe", write(f"{sections}\nreport: {{}}")])[0]
+            args = parse_stage("total", ["--recipe", write(f"{sections}\ntotal: {{}}")])[0]
             assert args.counts == f"runs/r/{stage}"
-        both = write("grow: {}\ncount: {}\nreport: {counts: runs/r/grow}")
-        assert parse_stage("report", ["--recipe", both])[0].counts == "runs/r/grow"
-        recipe = load_recipe(write("grow: {}\ncount: {}\nreport: {}"))
-        assert stage_inputs(recipe, "report", []) == {"counts": "count"}, "`count` has read `grow`"
+        both = write("grow: {}\ncount: {}\ntotal: {counts: runs/r/grow}")
+        assert parse_stage("total", ["--recipe", both])[0].counts == "runs/r/grow"
+        recipe = load_recipe(write("grow: {}\ncount: {}\ntotal: {}"))
+        assert stage_inputs(recipe, "total", []) == {"counts": "count"}, "`count` has read `grow`"
         monkeypatch.setattr(stage_module("count"), "INPUTS", {})
         message = (
-            "`grow` and `count`, and either could fill `counts` of the stage `report`: set `counts` in its section"
+            "`grow` and `count`, and either could fill `counts` of the stage `total`: set `counts` in its section"
         )
         with pytest.raises(RecipeError, match=message):
-            stage_inputs(recipe, "report", [])
+            stage_inputs(recipe, "total", [])
         with pytest.raises(RecipeError, match="reads what `count` writes, but stands before it"):
-            load_recipe(write("report: {}\ncount: {}"))
+            load_recipe(write("total: {}\ncount: {}"))
+
+    def test_an_input_that_takes_all_the_recipe_has(self, monkeypatch):
+        monkeypatch.setattr(stage_module("total"), "INPUTS", {"all_counts": ["grow", "count"]})
+        monkeypatch.setattr(stage_module("count"), "INPUTS", {})
+        for sections, folders in (("grow: {}", ["grow"]), ("count: {}\ngrow: {}", ["grow", "count"])):
+            args = parse_stage("total", ["--recipe", write(f"{sections}\ntotal: {{}}")])[0]
+            assert args.all_counts == [f"runs/r/{stage}" for stage in folders]
+        assert parse_stage("total", ["--recipe", write("total: {}")])[0].all_counts is None
+        with pytest.raises(RecipeError, match="reads what `count` writes, but stands before it"):
+            load_recipe(write("grow: {}\ntotal: {}\ncount: {}"))
 
     def test_without_a_recipe(self):
         args = parse_stage("count", ["--output_dir", "out", "--step", "2"])[0]

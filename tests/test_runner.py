@@ -7,10 +7,11 @@ import fake_stages
 import pytest
 
 from trl_diffusion_rank import cli
+from trl_diffusion_rank.recipe import stage_module
 from trl_diffusion_rank.runner import Step, canonical, fingerprint, read_record
 
 
-RECIPE = "shared: {seed: 3}\ngrow: {number: 4, rate: 1e-5}\ncount: {step: 2}\nreport: {}\n"
+RECIPE = "shared: {seed: 3}\ngrow: {number: 4, rate: 1e-5}\ncount: {step: 2}\ntotal: {}\n"
 
 
 @pytest.fixture(autouse=True)
@@ -122,7 +123,7 @@ class TestRun:
         assert run() == 0
         assert time.monotonic() - start < 1
         assert lines(capfd)[:3] == [
-            f"[{n}/3] {s}: unchanged, skipped" for n, s in enumerate(("grow", "count", "report"), 1)
+            f"[{n}/3] {s}: unchanged, skipped" for n, s in enumerate(("grow", "count", "total"), 1)
         ]
 
         # one option: its stage and what depends on it, the old output is put away
@@ -131,25 +132,23 @@ class TestRun:
             "[1/3] grow: unchanged, skipped",
             "[2/3] count ...",
             "[2/3] count ... finished",
-            "[3/3] report ...",
-            "[3/3] report ... finished",
+            "[3/3] total ...",
+            "[3/3] total ... finished",
         ]
         assert json.loads(Path("runs/r/count/options.json").read_text())["step"] == 5
-        assert sorted(path.name.split("-")[0] for path in Path("runs/r/.superseded").iterdir()) == ["count", "report"]
+        assert sorted(path.name.split("-")[0] for path in Path("runs/r/.superseded").iterdir()) == ["count", "total"]
 
         assert run() == 0
         assert lines(capfd)[:3] == [
             "[1/3] grow: unchanged, skipped",
             "[2/3] count: finished earlier with these options, brought back",
-            "[3/3] report: finished earlier with these options, brought back",
+            "[3/3] total: finished earlier with these options, brought back",
         ]
         assert json.loads(Path("runs/r/count/options.json").read_text())["step"] == 2
         assert executions("runs/r/count") == 1
 
         # an option in which only the last stage differs, moved to `shared`, is the same option
-        Path("r.yaml").write_text(
-            "shared: {seed: 3, step: 2.0}\ngrow: {number: '4', rate: 0.00001}\ncount:\nreport:\n"
-        )
+        Path("r.yaml").write_text("shared: {seed: 3, step: 2.0}\ngrow: {number: '4', rate: 0.00001}\ncount:\ntotal:\n")
         assert run() == 0
         assert [line.split(": ")[1] for line in lines(capfd)[:3]] == ["unchanged, skipped"] * 3
 
@@ -172,8 +171,23 @@ class TestRun:
             "accelerate",
             "datasets",
         }
+        assert record["hardware"]["cpu_cores"] >= 1 and record["hardware"]["memory_gb"] > 0
         assert record["seconds"] > 0
         assert record["started"].endswith("+00:00")
+
+    def test_an_input_of_several_stages(self, monkeypatch, capfd):
+        monkeypatch.setattr(stage_module("total"), "INPUTS", {"all_counts": ["grow", "count"]})
+        monkeypatch.setattr(stage_module("count"), "INPUTS", {})
+        assert run() == 0
+        record = read_record(Path("runs/r/total"))
+        assert record["options"]["all_counts"] == ["runs/r/grow", "runs/r/count"]
+        fingerprints = [read_record(Path("runs/r", stage))["fingerprint"] for stage in ("grow", "count")]
+        assert record["inputs"]["all_counts"] == {"stage": ["grow", "count"], "fingerprint": fingerprints}
+        capfd.readouterr()
+        assert run("--grow.number", "9") == 0
+        out = capfd.readouterr().out
+        assert "[2/3] count: unchanged, skipped" in out
+        assert "[3/3] total ... finished" in out
 
     def test_failure_keeps_what_is_finished_and_continues(self, capfd):
         assert run("--count.exit_code", "5") == 5
@@ -182,7 +196,7 @@ class TestRun:
         assert "the same command continues" in captured.out
         assert "Traceback" not in captured.err
         assert read_record(Path("runs/r/count"))["status"] == "running"
-        assert read_record(Path("runs/r/report")) is None
+        assert read_record(Path("runs/r/total")) is None
 
         # the same command starts the stage again on its folder
         assert run("--count.exit_code", "5") == 5
@@ -193,7 +207,7 @@ class TestRun:
     @pytest.mark.parametrize(
         ("argv", "message"),
         [
-            (["--report.sede", "1"], "unknown option `sede` in section `report` of r.yaml; did you mean `seed`?"),
+            (["--total.sede", "1"], "unknown option `sede` in section `total` of r.yaml; did you mean `seed`?"),
             (["--count.step", "x"], "`step` in section `count` of r.yaml: got 'x', expected int"),
             (["--grow.number", "-1"], "`number` is -1; it must be at least 0"),
             (["--cuont.step", "1"], "r.yaml has no section `cuont`; did you mean `count`?"),

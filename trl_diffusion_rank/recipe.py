@@ -11,7 +11,6 @@ Importing this file imports no torch; building the parser of a training stage do
 """
 
 import contextlib
-import difflib
 import importlib
 import sys
 import traceback
@@ -24,6 +23,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
+
+from trl_diffusion_rank.spelling import did_you_mean
 
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ class Recipe:
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """`"; did you mean `x`?"` for the most similar of `names`, or `""` when none is similar."""
-    match = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean `{match[0]}`?" if match else ""
+    return did_you_mean(name, names, "; did you mean `{}`?")
 
 
 class _Loader(yaml.SafeLoader):
@@ -151,8 +151,8 @@ def stage_module(stage: str) -> types.ModuleType:
     return importlib.import_module(STAGES[stage])
 
 
-def stage_inputs_of(stage: str) -> dict[str, tuple[str, ...]]:
-    """Option -> the stages whose output can fill it."""
+def stage_inputs_of(stage: str) -> dict[str, tuple[str, ...] | list[str]]:
+    """Option -> the stages whose output can fill it: one of a tuple, all of a list that the recipe has."""
     inputs = stage_module(stage).INPUTS
     return {name: (up,) if isinstance(up, str) else up for name, up in inputs.items()}
 
@@ -197,13 +197,18 @@ def stage_actions(parser: "TrlParser") -> dict[str, Action]:
     return actions
 
 
+def option_hints(parser: "TrlParser") -> dict[str, Any]:
+    """Option name -> its type."""
+    return {name: hint for cls in parser.dataclass_types for name, hint in get_type_hints(cls).items()}
+
+
 # values of options -----------------------------------------------------
 
 
 def stage_options(recipe: Recipe, stage: str, parser: "TrlParser") -> dict[str, Any]:
     """`shared` as far as the stage has the option, then the stage's own section; names and types checked."""
     actions = stage_actions(parser)
-    hints = {name: hint for cls in parser.dataclass_types for name, hint in get_type_hints(cls).items()}
+    hints = option_hints(parser)
     options = {}
     for where, values in (("shared", recipe.shared), (stage, recipe.sections.get(stage, {}))):
         for name, value in values.items():
@@ -304,14 +309,17 @@ def _type_name(hint: Any) -> str:
 # a stage's own ---------------------------------------------------------
 
 
-def stage_inputs(recipe: Recipe, stage: str, given: Iterable[str]) -> dict[str, str]:
-    """Unset option -> the stage of this recipe whose output fills it."""
-    inputs = {}
+def stage_inputs(recipe: Recipe, stage: str, given: Iterable[str]) -> dict[str, str | list[str]]:
+    """Unset option -> the stage of this recipe whose output fills it, or the stages where it takes several."""
+    inputs: dict[str, str | list[str]] = {}
     for name, upstreams in stage_inputs_of(stage).items():
         present = [upstream for upstream in upstreams if upstream in recipe.sections]
         # Captioned prompts are read instead of the prompts they were made from
         present = [up for up in present if not any(up in stages_before(other) for other in present)]
         if name in given or not present:
+            continue
+        if isinstance(upstreams, list):
+            inputs[name] = present
             continue
         if len(present) > 1:
             raise RecipeError(
@@ -323,11 +331,20 @@ def stage_inputs(recipe: Recipe, stage: str, given: Iterable[str]) -> dict[str, 
     return inputs
 
 
+def input_folders(run_dir: Path, upstream: str | list[str]) -> str | list[str]:
+    """What an option that [`stage_inputs`] fills is set to."""
+    return str(run_dir / upstream) if isinstance(upstream, str) else [str(run_dir / up) for up in upstream]
+
+
 def set_defaults(parser: "TrlParser", stage: str, recipe: Recipe, run_dir: Path, flags: Iterable[str] = ()) -> None:
     """The recipe's values, the outputs of the stages before and the output folder become the parser's defaults."""
     options = stage_options(recipe, stage, parser)
     inputs = stage_inputs(recipe, stage, {*options, *flags})
-    options |= {name: str(run_dir / upstream) for name, upstream in inputs.items()}
+    actions, hints = stage_actions(parser), option_hints(parser)
+    options |= {
+        name: convert(input_folders(run_dir, upstream), hints[name], actions[name])
+        for name, upstream in inputs.items()
+    }
     parser.set_defaults_with_config(**options, output_dir=str(run_dir / stage))
 
 

@@ -27,13 +27,14 @@ from trl_diffusion_rank.recipe import (
     check_shared,
     check_stage,
     dump_recipe,
+    input_folders,
     is_heavy,
     nearest,
     stage_actions,
     stage_inputs,
     stage_parser,
 )
-from trl_diffusion_rank.versions import package_versions
+from trl_diffusion_rank.versions import hardware, package_versions
 
 
 # folders that a stage writes to while it runs: their content says nothing about what it was made from
@@ -45,14 +46,14 @@ PUBLISHING = ("push_to_hub", "hub_dataset_id", "hub_model_id", "hub_private_repo
 # fingerprints ----------------------------------------------------------
 
 
-def fingerprint(stage: str, options: dict[str, Any], inputs: dict[str, str]) -> str:
+def fingerprint(stage: str, options: dict[str, Any], inputs: dict[str, str | list[str]]) -> str:
     """
     sha256 that changes when the stage would write something else.
 
     Args:
         stage (`str`): Name of the stage.
         options (`dict[str, Any]`): The options given, from the recipe or the command line.
-        inputs (`dict[str, str]`): Option -> fingerprint of the stage whose output fills it.
+        inputs (`dict[str, str | list[str]]`): Option -> fingerprint of the stage whose output fills it, or of several.
     """
     given = {
         name: canonical(value, name not in WRITTEN)
@@ -120,8 +121,8 @@ class Step:
     fingerprint: str
     options: dict[str, Any]
     run_dir: Path | None = None
-    upstreams: dict[str, str] = field(default_factory=dict)  # option -> the stage whose output fills it
-    inputs: dict[str, str] = field(default_factory=dict)  # option -> that stage's fingerprint
+    upstreams: dict[str, str | list[str]] = field(default_factory=dict)  # option -> stages whose output fills it
+    inputs: dict[str, str | list[str]] = field(default_factory=dict)  # option -> their fingerprints
     shared_elsewhere: list[str] = field(default_factory=list)  # options of `shared` that this stage does not have
 
     @property
@@ -175,10 +176,11 @@ def make_step(
     shared, elsewhere = split_shared(recipe, stage, read_record(output))
     options = {**shared, **recipe.sections.get(stage, {}), **options}
     upstreams = stage_inputs(recipe, stage, options)
-    inputs = {
-        name: (planned or {}).get(upstream) or finished_fingerprint(stage, upstream, run_dir)
-        for name, upstream in upstreams.items()
-    }
+
+    def found(upstream: str) -> str:
+        return (planned or {}).get(upstream) or finished_fingerprint(stage, upstream, run_dir)
+
+    inputs = {name: found(up) if isinstance(up, str) else list(map(found, up)) for name, up in upstreams.items()}
     return Step(stage, output, fingerprint(stage, options, inputs), options, run_dir, upstreams, inputs, elsewhere)
 
 
@@ -264,12 +266,16 @@ def execute(step: Step, stage_args: list[str], launch_args: list[str], label: st
         "fingerprint": step.fingerprint,
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": None,
-        "options": {**step.options, **{name: str(step.run_dir / up) for name, up in step.upstreams.items()}},
+        "options": {
+            **step.options,
+            **{name: input_folders(step.run_dir, up) for name, up in step.upstreams.items()},
+        },
         "inputs": {
             name: {"stage": upstream, "fingerprint": step.inputs[name]} for name, upstream in step.upstreams.items()
         },
         "shared_elsewhere": step.shared_elsewhere,
         "versions": package_versions(),
+        "hardware": hardware(),
     }
     write_record(step.output, record)
     code = launch(STAGES[step.stage], stage_args, launch_args)
