@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from trl_diffusion_rank.diffusion.loading import load_pipeline
     from trl_diffusion_rank.digits import digits_model_path
     from trl_diffusion_rank.discriminator import AestheticDiscriminator, AestheticDiscriminatorProcessor
+    from trl_diffusion_rank.hub.comfy import save_comfy_lora
     from trl_diffusion_rank.trainers.aesthetic_discriminator_config import AestheticDiscriminatorTrainerConfig
     from trl_diffusion_rank.trainers.aesthetic_discriminator_trainer import AestheticDiscriminatorTrainer
     from trl_diffusion_rank.trainers.diffusion_cpo_config import DiffusionCPOConfig
@@ -30,6 +31,7 @@ _EXPORTS = {
     "digits_model_path": "trl_diffusion_rank.digits",
     "load_pipeline": "trl_diffusion_rank.diffusion.loading",
     "recognise_family": "trl_diffusion_rank.diffusion.families",
+    "save_comfy_lora": "trl_diffusion_rank.hub.comfy",
 }
 __all__ = [
     "AestheticDiscriminator",
@@ -43,6 +45,7 @@ __all__ = [
     "digits_model_path",
     "load_pipeline",
     "recognise_family",
+    "save_comfy_lora",
 ]
 __version__ = version("trl-diffusion-rank")
 

@@ -40,6 +40,7 @@ STAGES: dict[str, str] = {
     "dpo": "trl_diffusion_rank.stages.dpo",
     "cpo": "trl_diffusion_rank.stages.cpo",
     "evaluate": "trl_diffusion_rank.stages.evaluate",
+    "push": "trl_diffusion_rank.stages.push",
 }
 
 PROGRAM = "trl-diffusion-rank"
@@ -139,7 +140,13 @@ def _check_order(recipe: Recipe) -> None:
 
 
 def dump_recipe(recipe: Recipe, path: Path) -> None:
-    """Writes `recipe` as a file that [`load_recipe`] reads back."""
+    """Writes `recipe` as a file that [`load_recipe`] reads back. A token is not written."""
+    for name, section in {"shared": recipe.shared, **recipe.sections}.items():
+        if "hub_token" in section:
+            raise RecipeError(
+                f"`hub_token` in section `{name}`: a run writes its recipe to a file, where no token belongs. Log in "
+                "with `hf auth login`, or set HF_TOKEN"
+            )
     head = {name: value for name, value in (("shared", recipe.shared), ("launch", recipe.launch)) if value}
     path.write_text(yaml.safe_dump({**head, **recipe.sections}, sort_keys=False, allow_unicode=True), encoding="utf-8")
 

@@ -8,8 +8,9 @@ from huggingface_hub import DatasetCard
 from PIL import Image as PILImage
 
 from trl_diffusion_rank.data import artefact as module
-from trl_diffusion_rank.data.artefact import Artefact, Card, push_dataset
+from trl_diffusion_rank.data.artefact import Artefact, Card, public
 from trl_diffusion_rank.data.loading import load_splits
+from trl_diffusion_rank.versions import package_versions
 
 
 FEATURES = Features({"prompt": Value("string"), "images": List(Image()), "psi": List(Value("float32"))})
@@ -59,6 +60,11 @@ def test_the_folder_is_a_dataset_with_images_and_a_card(tmp_path):
     assert "| `prompt` | string | the caption |" in card.text
     assert "## Sources\n\n| a | b |" in card.text
     assert json.loads(card.text.split("```json\n")[1].split("\n```")[0])["options"] == CARD.options
+
+
+def test_a_card_tells_the_installed_versions_unless_they_are_given():
+    assert Card("Rows", "", {}, "score", {}).versions == package_versions()
+    assert CARD.versions == {"torch": "2.13.0"}
 
 
 def test_folders_of_one_name_are_not_mistaken_for_each_other(tmp_path):
@@ -128,39 +134,8 @@ def test_empty_splits_are_left_out(tmp_path):
     assert set(load_splits(str(tmp_path))) == {"train"}
 
 
-class _Hub:
-    """Records what would be sent."""
-
-    error: Exception | None = None
-    sent: dict = {}
-
-    def create_repo(self, repo_id, **kwargs):
-        if _Hub.error is not None:
-            raise _Hub.error
-        _Hub.sent = {"private": kwargs["private"], "type": kwargs["repo_type"]}
-        return module.HfApi.url(repo_id)
-
-    def upload_folder(self, **kwargs):
-        _Hub.sent |= kwargs
-
-    @staticmethod
-    def url(repo_id):
-        from huggingface_hub import RepoUrl
-
-        return RepoUrl(f"https://huggingface.co/datasets/{repo_id}")
-
-
-def test_only_the_dataset_is_pushed(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "HfApi", _Hub)
-    url = push_dataset(tmp_path, "me/ranked", private=True)
-    assert url == "https://huggingface.co/datasets/me/ranked"
-    assert _Hub.sent["repo_id"] == "me/ranked"
-    assert (_Hub.sent["private"], _Hub.sent["type"], _Hub.sent["repo_type"]) == (True, "dataset", "dataset")
-    assert _Hub.sent["allow_patterns"] == ["README.md", "data/*.parquet", "*.jsonl", "*.png"]
-
-
-def test_a_refused_push_says_that_nothing_is_lost(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "HfApi", _Hub)
-    monkeypatch.setattr(_Hub, "error", OSError("401 Client Error: Unauthorized.\nmore"))
-    with pytest.raises(ValueError, match=r"'me/ranked': 401 Client Error: Unauthorized\. It is complete in .*hf auth"):
-        push_dataset(tmp_path, "me/ranked")
+def test_paths_of_this_machine_are_shown_by_their_last_name(tmp_path):
+    here = str(tmp_path)
+    assert public({"a": [here, "me/model", 3], "b": None}) == {"a": [tmp_path.name, "me/model", 3], "b": None}
+    assert public("/home/someone/gone/score") == "score"
+    assert public("~/gone/score") == "score"

@@ -10,6 +10,7 @@ import trl
 from datasets import Dataset
 from packaging.version import Version
 from transformers import Trainer
+from transformers.utils import hub as transformers_hub
 from trl import DPOTrainer
 from trl.experimental.cpo import CPOTrainer
 from trl.models import utils as model_utils
@@ -41,6 +42,12 @@ from trl_diffusion_rank.trainers.ranked_diffusion_dpo_trainer import RankedDiffu
         (Trainer, "_save", ["self", "output_dir", "state_dict"]),
         (Trainer, "_save_optimizer_and_scheduler", ["self", "output_dir"]),
         (Trainer, "_load_optimizer_and_scheduler", ["self", "checkpoint"]),
+        (Trainer, "save_model", ["self", "output_dir", "_internal_call"]),
+        (Trainer, "init_hf_repo", ["self", "token", "private"]),
+        (Trainer, "_push_from_checkpoint", ["self", "checkpoint_folder"]),
+        (Trainer, "_finish_current_push", ["self"]),
+        (transformers_hub, "hf_api", []),
+        (transformers_hub.PushInProgress, "__init__", ["self", "jobs"]),
         (model_utils, "disable_gradient_checkpointing", ["model", "gradient_checkpointing_kwargs"]),
         (trainer_utils, "use_adapter", ["model", "adapter_name"]),
         (trainer_utils, "hash_module", ["module"]),

@@ -19,10 +19,12 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features
-from huggingface_hub import DatasetCard, DatasetCardData, HfApi
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import CommitInfo, DatasetCard, DatasetCardData
 
 from trl_diffusion_rank.data.parts import Parts
+from trl_diffusion_rank.files import replace_file
+from trl_diffusion_rank.hub.upload import upload
+from trl_diffusion_rank.versions import package_versions
 
 
 # Rows with images are large: few of them in memory at a time, and files of a size that the Hub's viewer likes.
@@ -31,7 +33,7 @@ BYTES_PER_FILE = 500 * 2**20
 
 FINISHED = "artefact.json"
 # Options that say where a dataset goes and not what it is
-PRIVATE = ("output_dir", "push_to_hub", "hub_dataset_id", "hub_private_repo")
+PRIVATE = ("output_dir", "push_to_hub", "hub_dataset_id", "hub_model_id", "hub_private_repo", "hub_token")
 
 
 class Artefact:
@@ -86,9 +88,7 @@ class Artefact:
         shutil.rmtree(self.folder / "data", ignore_errors=True)
         unfinished.rename(self.folder / "data")
         (self.folder / "README.md").write_text(card.render(counts, features), encoding="utf-8")
-        finished = self.folder / f"{FINISHED}.tmp"  # half of it would be read as neither finished nor not
-        finished.write_text(json.dumps({"made_of": self.digest, "rows": counts}) + "\n")
-        finished.replace(self.folder / FINISHED)
+        replace_file(self.folder / FINISHED, json.dumps({"made_of": self.digest, "rows": counts}) + "\n")
         for partial in self.folder.glob("partial-*"):
             shutil.rmtree(partial)
         return counts
@@ -161,7 +161,7 @@ class Card:
         columns (`dict[str, str]`): what each column means.
         stage (`str`): the stage that made it.
         options (`dict`): the stage's options, defaults among them.
-        versions (`dict[str, str]`): of the packages.
+        versions (`dict[str, str]`): of the packages; those that are installed, unless given.
         sections (`dict[str, str]`): further headings and their Markdown: summaries, tables, pictures.
         tags (`list[str]`): for the Hub.
     """
@@ -171,7 +171,7 @@ class Card:
     columns: dict[str, str]
     stage: str
     options: dict[str, Any]
-    versions: dict[str, str]
+    versions: dict[str, str] = field(default_factory=package_versions)
     sections: dict[str, str] = field(default_factory=dict)
     tags: list[str] = field(default_factory=list)
 
@@ -206,7 +206,8 @@ def public(value: Any) -> Any:
         return {name: public(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [public(item) for item in value]
-    return Path(value).name if isinstance(value, str) and os.path.exists(value) else value
+    is_path = isinstance(value, str) and (os.path.exists(value) or os.path.isabs(os.path.expanduser(value)))
+    return Path(value).name if is_path else value
 
 
 def _type_name(feature: Any) -> str:
@@ -219,28 +220,20 @@ def _type_name(feature: Any) -> str:
 # The Hub
 
 
-def push_dataset(folder: str | Path, repo_id: str, private: bool | None = None) -> str:
+def push_dataset(folder: str | Path, repo_id: str, private: bool | None = None) -> CommitInfo:
     """
-    Upload an artefact to the Hub as a dataset; returns its address. Nothing is lost when it fails: the folder stays,
-    and files that have arrived are not sent again.
+    Upload an artefact to the Hub as a dataset; the commit that is returned prints as its address. Nothing is lost when
+    it fails: the folder stays, and files that have arrived are not sent again.
 
     Raises:
-        `ValueError`: with the Hub's own words, and what to do.
+        `ValueError`: with what went wrong, and what to do.
     """
-    try:
-        api = HfApi()
-        url = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-        api.upload_folder(
-            repo_id=url.repo_id,
-            repo_type="dataset",
-            folder_path=folder,
-            allow_patterns=["README.md", "data/*.parquet", "*.jsonl", "*.png"],
-            delete_patterns=["data/*.parquet"],
-            commit_message="Upload with trl-diffusion-rank",
-        )
-    except (HfHubHTTPError, OSError) as error:
-        raise ValueError(
-            f"The dataset could not be pushed to {repo_id!r}: {str(error).strip().splitlines()[0]} It is complete in "
-            f"{folder}; log in with `hf auth login` or check `hub_dataset_id`, and run the same command again."
-        ) from error
-    return str(url)
+    return upload(
+        folder,
+        repo_id,
+        repo_type="dataset",
+        option="hub_dataset_id",
+        private=private,
+        allow_patterns=["README.md", "data/*.parquet", "*.jsonl", "*.png"],
+        delete_patterns=["data/*.parquet"],
+    )

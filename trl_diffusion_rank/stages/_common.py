@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from trl_diffusion_rank.spelling import did_you_mean
 
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from accelerate import PartialState
     from diffusers import DiffusionPipeline
+    from transformers import Trainer
     from trl import ModelConfig, ScriptArguments
 
     from trl_diffusion_rank.trainers.diffusion_cpo_config import DiffusionCPOConfig
@@ -27,11 +30,16 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
 class NameOrMapping(dict):
-    """An entry of a list that is a name, or a mapping: in a recipe as it is, on the command line as JSON."""
+    """
+    An entry of a list that is a name, or a mapping: in a recipe as it is, on the command line as JSON. A subclass says
+    with `key` which of the mapping's keys a bare name stands for.
+    """
+
+    key: ClassVar[str] = "name"
 
     def __init__(self, value: str | dict[str, Any]):
         if isinstance(value, str):
-            value = json.loads(value) if value.lstrip().startswith("{") else {"name": value}
+            value = json.loads(value) if value.lstrip().startswith("{") else {self.key: value}
         super().__init__(value)
 
 
@@ -91,9 +99,7 @@ def require(stage: str, **options: Any) -> None:
 
 def unknown_key(kind: str, got: str, known: list[str]) -> ValueError:
     """The error for a name that is not known, with the nearest one that is."""
-    near = difflib.get_close_matches(got, known, n=1)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"{kind} {got!r}, which is not known.{hint} Known: {', '.join(known)}.")
+    return ValueError(f"{kind} {got!r}, which is not known.{did_you_mean(got, known)} Known: {', '.join(known)}.")
 
 
 def check_bitsandbytes(options: Any) -> None:
@@ -133,14 +139,20 @@ def process_state() -> PartialState:
 
 def load_for_sampling(model: str, dtype: str) -> DiffusionPipeline:
     """A pipeline on this process's device. `auto` is bfloat16 on an accelerator and float32 on a CPU."""
-    from trl_diffusion_rank.diffusion.loading import load_pipeline
+    from trl_diffusion_rank.generators import Generator, load_generator
 
-    device = process_state().device
-    if dtype == "auto":
-        dtype = "float32" if device.type == "cpu" else "bfloat16"
-    pipe = load_pipeline(model, dtype)
-    pipe.set_progress_bar_config(disable=True)  # one bar over all images instead of one per batch
-    return pipe.to(device)
+    return load_generator(Generator(model), process_state().device, dtype)
+
+
+def free_memory() -> None:
+    """Give back what the last model took, before the next one is loaded. Pipelines hold references in circles."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def format_table(header: list[str], rows: list[list[str]], names: int = 1) -> str:
@@ -166,8 +178,7 @@ def train(
     training_args: RankedDiffusionDPOConfig | DiffusionCPOConfig,
     model_args: ModelConfig,
 ) -> None:
-    """What the training stages do: load, train, save. A run that was cut off goes on from its last checkpoint."""
-    from transformers.trainer_utils import get_last_checkpoint
+    """What the stages `dpo` and `cpo` do: load, train, save."""
     from trl import get_peft_config, get_quantization_config
 
     from trl_diffusion_rank.data.loading import load_rows
@@ -197,14 +208,28 @@ def train(
         peft_config=get_peft_config(model_args),
     )
 
-    checkpoint = training_args.resume_from_checkpoint or get_last_checkpoint(training_args.output_dir)
+    run_training(trainer, script_args.dataset_name)
+
+
+def run_training(trainer: Trainer, dataset_name: str, measure: Callable[[], None] | None = None) -> None:
+    """
+    Train and save, then `measure` what came out, then publish where that is asked for. A run that was cut off goes on
+    from its last checkpoint.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    args = trainer.args
+    checkpoint = args.resume_from_checkpoint or get_last_checkpoint(args.output_dir)
     if checkpoint:
         trainer.accelerator.print(f"Resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(training_args.output_dir)
-    trainer.create_model_card(dataset_name=script_args.dataset_name)
-    trainer.accelerator.print(f"Model saved to {training_args.output_dir}")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.accelerator.print(f"Model pushed to https://huggingface.co/{trainer.hub_model_id}")
+    trainer.save_model(args.output_dir, _internal_call=True)  # which doesn't push: the card isn't written yet
+    if measure is not None:
+        measure()
+    trainer.create_model_card(dataset_name=dataset_name)
+    trainer.accelerator.print(f"Model saved to {args.output_dir}")
+    if args.push_to_hub:
+        commit = trainer.push_to_hub(dataset_name=dataset_name)
+        if commit is not None:  # the main process's
+            print(f"Model pushed to {commit.repo_url}")
     trainer.end()  # close the trackers and the process group

@@ -83,12 +83,11 @@ def evaluate(trainer, train, test) -> None:
 
 
 def main(script_args, training_args, model_args) -> None:
-    from transformers.trainer_utils import get_last_checkpoint
     from trl import get_peft_config
 
     from trl_diffusion_rank.data.caption_groups import read_groups, split_by_caption, without_captions_of
     from trl_diffusion_rank.data.loading import load_splits
-    from trl_diffusion_rank.stages._common import require
+    from trl_diffusion_rank.stages._common import require, run_training
     from trl_diffusion_rank.trainers.aesthetic_discriminator_trainer import AestheticDiscriminatorTrainer
 
     require("discriminator", dataset_name=script_args.dataset_name, model_name_or_path=model_args.model_name_or_path)
@@ -113,18 +112,7 @@ def main(script_args, training_args, model_args) -> None:
         eval_dataset=test if training_args.eval_strategy != "no" else None,
         peft_config=get_peft_config(model_args),
     )
-    checkpoint = training_args.resume_from_checkpoint or get_last_checkpoint(training_args.output_dir)
-    if checkpoint:
-        trainer.accelerator.print(f"Resuming from {checkpoint}")
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_model(training_args.output_dir)
-    evaluate(trainer, train, test)
-    trainer.create_model_card(dataset_name=script_args.dataset_name)
-    trainer.accelerator.print(f"Discriminator saved to {training_args.output_dir}")
-    if training_args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script_args.dataset_name)
-        trainer.accelerator.print(f"Discriminator pushed to https://huggingface.co/{trainer.hub_model_id}")
-    trainer.end()  # close the trackers and the process group
+    run_training(trainer, script_args.dataset_name, measure=lambda: evaluate(trainer, train, test))
 
 
 if __name__ == "__main__":

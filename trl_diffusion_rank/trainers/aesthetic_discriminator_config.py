@@ -1,7 +1,9 @@
-from dataclasses import dataclass, field, fields
-from typing import Any
+from dataclasses import dataclass, field
 
 from trl import RewardConfig
+
+from trl_diffusion_rank.trainers.diffusion_options import refuse_meaningless
+from trl_diffusion_rank.trainers.publishing import without_token
 
 
 # Options of TRL's RewardConfig and of TrainingArguments that speak of language models. Ignored, they would mislead.
@@ -128,6 +130,8 @@ class AestheticDiscriminatorTrainerConfig(RewardConfig):
         default=False, metadata={"help": "Mirror all images of a caption at random in training. Not for writing."}
     )
 
+    __getstate__ = without_token
+
     def __post_init__(self):
         self.check_options()
         super().__post_init__()
@@ -137,7 +141,7 @@ class AestheticDiscriminatorTrainerConfig(RewardConfig):
         Refuse what makes no sense, naming the option. Reads nothing but the options, so that parsed ones can be
         checked before a config is made of them: making one looks for devices.
         """
-        _refuse_meaningless(self)
+        refuse_meaningless(self, RewardConfig, _MEANINGLESS, "a discriminator of images")
         read_trainable_layers(self.trainable_layers)
         if self.patch_layer is not None and self.patch_layer < 0:
             raise ValueError(f"`patch_layer` must be at least 0, got {self.patch_layer}.")
@@ -153,7 +157,8 @@ class AestheticDiscriminatorTrainerConfig(RewardConfig):
         for option in ("bce_weight", "caption_negative_weight"):
             if not getattr(self, option) >= 0:
                 raise ValueError(f"`{option}` must be at least 0, got {getattr(self, option)}.")
-        if not self.text_conditioned and self.caption_negative_weight not in (0, _DEFAULT["caption_negative_weight"]):
+        default = AestheticDiscriminatorTrainerConfig.caption_negative_weight
+        if not self.text_conditioned and self.caption_negative_weight not in (0, default):
             raise ValueError(
                 f"`caption_negative_weight={self.caption_negative_weight}` does nothing with "
                 "`text_conditioned=False`. Leave one of them out."
@@ -170,14 +175,6 @@ class AestheticDiscriminatorTrainerConfig(RewardConfig):
                 )
 
 
-def _refuse_meaningless(options: Any) -> None:
-    off = {"include_num_input_tokens_seen": ("no", False)}  # both mean off
-    for option, reason in _MEANINGLESS.items():
-        value = getattr(options, option)
-        if value != _DEFAULT[option] and value not in off.get(option, ()):
-            raise ValueError(f"`{option}={value!r}` has no meaning for a discriminator of images: {reason}.")
-
-
 def read_trainable_layers(value: int | str | None) -> int | str:
     """`trainable_layers` as the model takes it; the command line gives numbers as text."""
     if value is None:
@@ -189,6 +186,3 @@ def read_trainable_layers(value: int | str | None) -> int | str:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
         raise ValueError(f"`trainable_layers` must be a number of layers or 'all', got {value!r}.")
     return value
-
-
-_DEFAULT = {option.name: option.default for option in fields(AestheticDiscriminatorTrainerConfig)}

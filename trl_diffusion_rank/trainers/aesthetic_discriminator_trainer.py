@@ -1,5 +1,4 @@
 import copy
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -9,14 +8,12 @@ import numpy as np
 import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset
-from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
     DataCollator,
     EvalPrediction,
-    PreTrainedConfig,
     PreTrainedTokenizerBase,
     TrainerCallback,
     set_seed,
@@ -31,20 +28,26 @@ from trl_diffusion_rank.discriminator import (
     AestheticDiscriminatorConfig,
     AestheticDiscriminatorProcessor,
 )
+from trl_diffusion_rank.discriminator.configuration import read_model_type
+from trl_diffusion_rank.hub.cards import DISCRIMINATOR_FILES, discriminator_card, license_of
 from trl_diffusion_rank.objectives.ranking import better_than, margins_of_pairs, mean_over
 from trl_diffusion_rank.objectives.scorer import bce_loss, caption_negative_loss, group_loss
 from trl_diffusion_rank.trainers.aesthetic_discriminator_config import (
     AestheticDiscriminatorTrainerConfig,
     read_trainable_layers,
 )
+from trl_diffusion_rank.trainers.callbacks import LogHistory
+from trl_diffusion_rank.trainers.publishing import PublishingMixin
 
 
 DIGITS = "digits"  # as `model`, the small backbone of the digits world
 # Options that belong to a discriminator's config, and so to a new one
 NEW_HEAD = ("patch_layer", "head_hidden_size", "head_dropout", "text_conditioned")
+# Options of TrainingArguments that the card shows beside the discriminator's own
+_SHOWN = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
 
 
-class AestheticDiscriminatorTrainer(RewardTrainer):
+class AestheticDiscriminatorTrainer(PublishingMixin, RewardTrainer):
     """
     Trainer of an [`AestheticDiscriminator`] on caption groups: of the images of one caption, the real one shall win.
 
@@ -95,6 +98,8 @@ class AestheticDiscriminatorTrainer(RewardTrainer):
 
     _tag_names = ["trl", "trl-diffusion-rank", "reward-trainer", "aesthetic-discriminator"]
     _name = "Aesthetic discriminator"
+
+    published_files = DISCRIMINATOR_FILES
 
     def __init__(
         self,
@@ -159,6 +164,7 @@ class AestheticDiscriminatorTrainer(RewardTrainer):
             peft_config=peft_config,
         )
         self.processing_class = processor
+        self.add_callback(LogHistory())
         if peft_config is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
             raise ValueError(
                 "A LoRA can't be merged where FSDP or DeepSpeed shards the weights. Train without `peft_config`, or "
@@ -290,43 +296,18 @@ class AestheticDiscriminatorTrainer(RewardTrainer):
         if not self.is_world_process_zero():
             return
         tags = [tags] if isinstance(tags, str) else list(tags or [])
-        base = self.base_model if public(self.base_model) == self.base_model else None  # no folder of this machine
-        data = ModelCardData(
-            base_model=None if base in ("", DIGITS) else base,
-            datasets=dataset_name if dataset_name is not None and public(dataset_name) == dataset_name else None,
-            library_name="transformers",
-            tags=sorted({*self._tag_names, *tags}),
+        shown = (*type(self.args).__annotations__, *_SHOWN)
+        card = discriminator_card(
+            name=self.hub_model_id or model_name or Path(self.args.output_dir).name,
+            base_model=self.base_model,
+            real_source=self.args.real_source,
+            tags=[*self._tag_names, *tags],
+            dataset=dataset_name,
+            license=license_of(self.base_model) if self.args.push_to_hub else {},
+            options={option: public(getattr(self.args, option)) for option in shown if option != "model_init_kwargs"},
+            sections=self.report,
         )
-        name = self.hub_model_id or model_name or Path(self.args.output_dir).name
-        options = {
-            option: public(getattr(self.args, option))
-            for option in type(self.args).__annotations__
-            if option not in ("model_init_kwargs",)
-        }
-        options |= {
-            option: getattr(self.args, option)
-            for option in (
-                "per_device_train_batch_size",
-                "gradient_accumulation_steps",
-                "num_train_epochs",
-                "max_steps",
-            )
-        }
-        body = [
-            f"# {name}",
-            "An aesthetic discriminator: how good an image is for its caption, as one number, learned from "
-            f"{self.args.real_source} images beside generated ones of the same captions. Built on "
-            f"`{Path(self.base_model).name if base is None else base}` with trl-diffusion-rank.",
-            "```python\nfrom trl_diffusion_rank.scorers.discriminator import DiscriminatorScorer\n\n"
-            f'scorer = DiscriminatorScorer(model="{name}")\n'
-            'scorer.score(images=[image], prompts=["a caption"])  # higher is better; 0: as likely real as not\n```',
-            *(f"## {heading}\n\n{text}" for heading, text in self.report.items()),
-            "## How it was trained",
-            "```json\n" + json.dumps(options, indent=2, default=str) + "\n```",
-        ]
-        ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(body) + "\n").save(
-            Path(self.args.output_dir) / "README.md"
-        )
+        card.save(Path(self.args.output_dir) / "README.md")
 
 
 def rows_of(values: Tensor, mask: Tensor) -> Tensor:
@@ -388,10 +369,9 @@ def _refuse_new_head(args: AestheticDiscriminatorTrainerConfig, model: str) -> N
 
 def _is_discriminator(model: str) -> bool:
     try:
-        config, _ = PreTrainedConfig.get_config_dict(model)
+        return read_model_type(model) == AestheticDiscriminatorConfig.model_type
     except OSError:  # `from_backbone` says what is expected
         return False
-    return config.get("model_type") == AestheticDiscriminatorConfig.model_type
 
 
 def _discriminator_peft_config(config: PeftConfig) -> PeftConfig:

@@ -1,6 +1,7 @@
 """What the preference trainers of diffusion models share, whichever of TRL's trainers they extend."""
 
 import contextlib
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,7 +19,6 @@ from transformers import BitsAndBytesConfig
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from trl.trainer.utils import global_then_local_main_first, hash_module
 
-from trl_diffusion_rank import hub
 from trl_diffusion_rank.data.collator import EncodedRowCollator, RawRowCollator
 from trl_diffusion_rank.data.encoding import FORMAT_VERSION, encode_rows
 from trl_diffusion_rank.data.images import to_pixels
@@ -27,24 +27,32 @@ from trl_diffusion_rank.diffusion.denoiser import DenoiserModel, denoising_error
 from trl_diffusion_rank.diffusion.draws import EVALUATION, draw_captions, draw_rows
 from trl_diffusion_rank.diffusion.families import recognise_family
 from trl_diffusion_rank.diffusion.loading import load_pipeline
+from trl_diffusion_rank.diffusion.sampling import TrainingSampler
 from trl_diffusion_rank.diffusion.weighting import timestep_weights
+from trl_diffusion_rank.hub.adapters import save_denoiser, save_lora
+from trl_diffusion_rank.hub.cards import DiffusionCard, introduction, license_of
+from trl_diffusion_rank.hub.comfy import SUFFIX, WEIGHTS, save_comfy_lora_if_possible
 from trl_diffusion_rank.objectives import monitors
 from trl_diffusion_rank.objectives.ranking import better_than
 from trl_diffusion_rank.objectives.safeguards import preservation_scales, scale_gradient
 from trl_diffusion_rank.trainers.adversarial import AdversarialTerm, Answer, load_discriminator
-from trl_diffusion_rank.trainers.callbacks import MovingAverage, SkipNonFiniteSteps
+from trl_diffusion_rank.trainers.callbacks import LogHistory, MovingAverage, SkipNonFiniteSteps
+from trl_diffusion_rank.trainers.publishing import PublishingMixin
+from trl_diffusion_rank.trainers.samples import SampleGrids
 
 
 logger = logging.getLogger(__name__)
 
 
-class DiffusionTrainerMixin:
+class DiffusionTrainerMixin(PublishingMixin):
     """
     A denoiser in the place of a language model: loading, encoding, noise, errors, logs, files.
 
     Comes before TRL's trainer among the bases. A trainer calls [`set_up`] before its parent's `__init__`, which then
     runs whole, and [`finish_set_up`] after it.
     """
+
+    published_files = ("README.md", WEIGHTS, f"*{SUFFIX}", "unet/*", "transformer/*", "discriminator/*", "samples/*")
 
     def set_up(
         self,
@@ -113,6 +121,7 @@ class DiffusionTrainerMixin:
         """
         After the parent's `__init__`: the encoders leave memory, or come to the device where each step needs them.
         """
+        self.add_callback(LogHistory())
         self._skipper = SkipNonFiniteSteps(self.args.max_skipped_steps)
         self.add_callback(self._skipper)
         self._average: MovingAverage | None = None
@@ -126,6 +135,8 @@ class DiffusionTrainerMixin:
         if self._adversary is not None:
             self._check_adaptive_weight()
             self._adversary.prepare(self.accelerator, self.model)
+        if self.args.sample_steps is not None:
+            self._add_samples()
         self.processing_class = None  # TRL was given a tokenizer; none belongs beside a denoiser's weights
         if self.cache_latents:
             self.family.drop_encoders()
@@ -138,6 +149,52 @@ class DiffusionTrainerMixin:
             for component in self.family.encoders.values():
                 component.to(self.args.device)
         del self._pipeline
+
+    def _add_samples(self) -> None:
+        """The callback that draws during training; encodes its prompts, so before the text encoders leave memory."""
+        plugin = self.accelerator.state.deepspeed_plugin
+        if self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
+            raise ValueError(
+                f"`sample_steps={self.args.sample_steps}` can't be used with FSDP or DeepSpeed's ZeRO-3, which shard "
+                "the weights: no process has a whole model to draw with. Leave it out, or use DDP, ZeRO-1 or ZeRO-2."
+            )
+        if not self.is_world_process_zero():
+            return
+        for name, component in self.family.encoders.items():
+            if name != "vae":
+                component.to(self.args.device)
+        prompts = self.args.sample_prompts or self._first_prompts(4)
+        model = self.model.get_base_model() if is_peft_model(self.model) else self.model
+        sampler = TrainingSampler(
+            self.family,
+            model.denoiser,
+            prompts,
+            resolution=self.resolution,
+            num_inference_steps=self.args.sample_inference_steps,
+            guidance_scale=self.args.sample_guidance_scale,
+            encode_batch_size=self.args.encode_batch_size,
+        )
+        callbacks = self.callback_handler.callbacks
+        samples = SampleGrids(sampler, prompts, self.args, self.accelerator, self._average, callbacks)
+        callbacks.insert(0, samples)  # before the trackers, which close what they write to when training ends
+
+    def _first_prompts(self, count: int) -> list[str]:
+        """The first distinct prompts of the eval dataset, or of the train dataset where there is none."""
+        dataset = self.train_dataset if self.eval_dataset is None else self.eval_dataset
+        if isinstance(dataset, dict):
+            dataset = next(iter(dataset.values()))
+        if self.cache_latents:
+            tables = [table.select_columns("prompt") for table in self._collator.prompt_tables]
+            dataset = dataset.select_columns(["prompt_table", "prompt_index"])
+            texts = (tables[row["prompt_table"]][row["prompt_index"]]["prompt"] for row in dataset)
+        else:
+            texts = (row["prompt"] for row in dataset.select_columns("prompt"))
+        prompts: dict[str, None] = {}
+        for text in itertools.islice(texts, 1000):  # a dataset of few prompts may be long, a stream has no end
+            prompts[text] = None
+            if len(prompts) == count:
+                break
+        return list(prompts)
 
     def _check_adaptive_weight(self) -> None:
         """The adaptive weight looks at a gradient in the middle of a step, which not every set-up has."""
@@ -369,9 +426,11 @@ class DiffusionTrainerMixin:
             torch.save(self.args, folder / "training_args.bin")
         with self._average.applied(self.model) if self._average else contextlib.nullcontext():
             if is_lora:
-                hub.save_lora(self.model, self.family, folder, state_dict)
+                save_lora(self.model, self.family, folder, state_dict)
             elif not is_checkpoint:
-                hub.save_denoiser(self.model, self.family, folder)
+                save_denoiser(self.model, self.family, folder)
+        if is_lora and not is_checkpoint:
+            save_comfy_lora_if_possible(folder, self.model.get_base_model().denoiser)
         if self._adversary is not None and not is_checkpoint:
             self._adversary.save_discriminator(folder / "discriminator")
 
@@ -398,16 +457,22 @@ class DiffusionTrainerMixin:
         if not self.is_world_process_zero():
             return
         tags = [tags] if isinstance(tags, str) else list(tags or [])
-        card = hub.model_card(
-            base_model=self.model.config.name_or_path,
-            family=self.family,
-            is_lora=is_peft_model(self.model),
-            model_name=self.hub_model_id or model_name or Path(self.args.output_dir).name,
-            dataset_name=dataset_name,
+        folder = Path(self.args.output_dir)
+        base_model, is_lora = self.model.config.name_or_path, is_peft_model(self.model)
+        comfy_file = folder / f"{folder.resolve().name}{SUFFIX}"
+        grids = sorted((folder / "samples").glob("step-*.png"))
+        card = DiffusionCard(
+            name=self.hub_model_id or model_name or folder.name,
+            base_model=base_model,
+            denoiser=None if is_lora else (self.family.denoiser_name, self.family.denoiser_class.__name__),
+            introduction=introduction(base_model, is_lora, self._paper),
             tags=[*self._tag_names, *tags],
-            paper=self._paper,
+            comfy_file=comfy_file.name if comfy_file.is_file() else None,
+            dataset=dataset_name,
+            license=license_of(base_model) if self.args.push_to_hub else {},
+            sections={"Samples during training": f"![Samples](samples/{grids[-1].name})"} if grids else {},
         )
-        card.save(Path(self.args.output_dir) / "README.md")
+        card.render().save(folder / "README.md")
 
 
 def refuse(argument: str, value: Any, reason: str) -> None:

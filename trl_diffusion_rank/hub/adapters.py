@@ -1,9 +1,8 @@
-"""Adapters as files that stock diffusers loads, and the model card beside them."""
+"""Adapters and denoisers as files that stock diffusers loads."""
 
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
@@ -69,6 +68,7 @@ def save_lora(
     tensors = lora_state_dict(model, state_dict)
     metadata = model.peft_config["default"].to_dict()
     metadata["target_modules"] = sorted(saved_modules(tensors))
+    metadata["lora_dropout"] = 0.0  # diffusers builds it in training mode: whoever loads the file would draw with it
     metadata = {key: value for key, value in metadata.items() if value is not None}
     family.pipeline_class.save_lora_weights(
         save_directory=str(folder),
@@ -83,49 +83,3 @@ def save_lora(
 def save_denoiser(model: DenoiserModel, family: Family, folder: str | Path) -> None:
     """Write fully trained weights as the pipeline's own subfolder (`unet/`), as diffusers' `from_pretrained` reads."""
     model.denoiser.save_pretrained(Path(folder) / family.denoiser_name, safe_serialization=True)
-
-
-def model_card(
-    *,
-    base_model: str,
-    family: Family,
-    is_lora: bool,
-    model_name: str,
-    dataset_name: str | None,
-    tags: list[str],
-    paper: dict[str, str],
-) -> ModelCard:
-    """A card with the metadata the Hub reads and a snippet that loads the weights with stock diffusers."""
-    data = ModelCardData(
-        base_model=base_model or None,
-        datasets=dataset_name,
-        library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=sorted({*tags, "text-to-image", *(["lora"] if is_lora else [])}),
-    )
-    name, denoiser_class = family.denoiser_name, family.denoiser_class.__name__
-    if is_lora:
-        imports = "DiffusionPipeline"
-        load = [
-            f'pipeline = DiffusionPipeline.from_pretrained("{base_model}")',
-            f'pipeline.load_lora_weights("{model_name}")',
-        ]
-    else:
-        imports = f"DiffusionPipeline, {denoiser_class}"
-        load = [
-            f'{name} = {denoiser_class}.from_pretrained("{model_name}", subfolder="{name}")',
-            f'pipeline = DiffusionPipeline.from_pretrained("{base_model}", {name}={name})',
-        ]
-    snippet = [
-        f"from diffusers import {imports}",
-        "",
-        *load,
-        'image = pipeline("a photo of an astronaut riding a horse").images[0]',
-    ]
-    text = [
-        f"# {model_name}",
-        f"{'LoRA for' if is_lora else 'Fine-tuned from'} `{base_model}`, trained on ranked images with "
-        f"trl-diffusion-rank, after [{paper['title']}](https://huggingface.co/papers/{paper['id']}).",
-        "```python\n" + "\n".join(snippet) + "\n```",
-    ]
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n" + "\n\n".join(text) + "\n")

@@ -2,14 +2,13 @@ import json
 
 import pytest
 import torch
-from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from tiny import tiny_sd_pipeline, tiny_sdxl_pipeline
 
-from trl_diffusion_rank import hub
 from trl_diffusion_rank.diffusion.denoiser import DenoiserModel
 from trl_diffusion_rank.diffusion.families import recognise_family
+from trl_diffusion_rank.hub import adapters
 
 
 def wrapped(pipeline, **kwargs):
@@ -20,7 +19,7 @@ def wrapped(pipeline, **kwargs):
 
 def test_file_holds_every_module_and_the_whole_config(tmp_path):
     model, family = wrapped(tiny_sdxl_pipeline(), lora_alpha=6, use_rslora=True)
-    hub.save_lora(model, family, tmp_path)
+    adapters.save_lora(model, family, tmp_path)
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as file:
         keys, metadata = list(file.keys()), json.loads(file.metadata()["lora_adapter_metadata"])
     modules = {key.removeprefix("unet.").split(".lora_")[0] for key in keys}
@@ -40,12 +39,30 @@ def test_dora_and_patterns_load_in_stock_diffusers(tmp_path):
     for name, parameter in model.named_parameters():
         if "lora_" in name:
             parameter.data.normal_(std=0.1)
-    hub.save_lora(model, family, tmp_path)
+    adapters.save_lora(model, family, tmp_path)
     loaded = tiny_sd_pipeline()
     loaded.load_lora_weights(str(tmp_path))
     inputs = (torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 3, 16))
     expected = model.get_base_model().denoiser.eval()(*inputs).sample
     torch.testing.assert_close(loaded.unet.eval()(*inputs).sample, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_loaded_weights_have_no_dropout(tmp_path):
+    torch.manual_seed(0)
+    model, family = wrapped(tiny_sd_pipeline(), lora_dropout=0.5)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data.normal_(std=0.1)
+    adapters.save_lora(model, family, tmp_path)
+    loaded = tiny_sd_pipeline()
+    loaded.load_lora_weights(str(tmp_path))  # and no call of `eval`, as a user's script has none
+    inputs = (torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 3, 16))
+    with torch.no_grad():
+        first, second = loaded.unet(*inputs).sample, loaded.unet(*inputs).sample
+        expected = model.get_base_model().denoiser.eval()(*inputs).sample
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, expected, atol=1e-5, rtol=1e-4)
+    assert model.peft_config["default"].lora_dropout == 0.5, "training goes on with it"
 
 
 def test_missing_and_foreign_weights_are_refused():
@@ -54,32 +71,7 @@ def test_missing_and_foreign_weights_are_refused():
     with pytest.raises(
         RuntimeError, match=r"1 of \d+ LoRA modules have no weights to save, the first being `down_blo"
     ):
-        hub.lora_state_dict(model, state)
+        adapters.lora_state_dict(model, state)
     model, _ = wrapped(tiny_sd_pipeline(), modules_to_save=["conv_in"])
     with pytest.raises(RuntimeError, match=r"also has .*conv_in.*Train without `modules_to_save`"):
-        hub.lora_state_dict(model)
-
-
-@pytest.mark.parametrize("is_lora", [True, False])
-def test_card_says_what_the_hub_reads_and_how_to_load(tmp_path, is_lora):
-    _, family = wrapped(tiny_sdxl_pipeline())
-    card = hub.model_card(
-        base_model="a/base-model",
-        family=family,
-        is_lora=is_lora,
-        model_name="me/ranked",
-        dataset_name="my/data",
-        tags=["dpo"],
-        paper={"title": "Diffusion-DPO", "id": "2311.12908"},
-    )
-    card.save(tmp_path / "README.md")
-    loaded = ModelCard.load(tmp_path / "README.md")
-    assert loaded.data.library_name == "diffusers"
-    assert loaded.data.base_model == "a/base-model"
-    assert loaded.data.datasets == "my/data"
-    assert loaded.data.pipeline_tag == "text-to-image"
-    assert ("lora" in loaded.data.tags) == is_lora
-    snippet = loaded.text.split("```python\n")[1].split("```")[0]
-    compile(snippet, "card", "exec")
-    assert ('load_lora_weights("me/ranked")' in snippet) == is_lora
-    assert ('UNet2DConditionModel.from_pretrained("me/ranked", subfolder="unet")' in snippet) != is_lora
+        adapters.lora_state_dict(model)

@@ -1,0 +1,1 @@
+"""What goes to the Hub: adapters in both key formats, cards, and the upload."""
