@@ -13,19 +13,12 @@ but it is no stranger to what the first one likes.
 """
 
 import argparse
-import sys
 
 from digits_world import run_methods
 
 from trl_diffusion_rank import DiffusionCPOConfig, DiffusionCPOTrainer
 from trl_diffusion_rank.scorers import load_scorer
 
-
-parser = argparse.ArgumentParser(add_help=False)
-parser.add_argument("--discriminator", default="runs/digits_rank4/discriminator")
-parser.add_argument("--second", default="runs/second")
-folders, rest = parser.parse_known_args()
-sys.argv[1:] = rest
 
 LOSSES = {
     "behaviour cloning": {"loss_type": "plackett_luce", "loss_weights": [0.0], "sft_weight": 1.0, "beta": 700.0},
@@ -38,33 +31,40 @@ LOSSES = {
         "cpo_alpha": 0.2,
     },
 }
-TERM = {
-    "adversarial_discriminator": folders.discriminator,
-    "adversarial_adaptive": True,
-    "adversarial_max_images": 10,
-}
+TERM = {"adversarial_adaptive": True, "adversarial_max_images": 10, "adversarial_weight": 0.5}
 TERMS = {
     "": {},
-    ", frozen": {**TERM, "adversarial_mode": "frozen", "adversarial_weight": 0.5},
+    ", frozen": {**TERM, "adversarial_mode": "frozen"},
     ", joint": {
         **TERM,
         "adversarial_mode": "joint",
-        "adversarial_weight": 0.5,
         "discriminator_learning_rate": 3e-4,
         "discriminator_trainable_layers": 2,
     },
 }
-METHODS = {"base": None} | {
-    f"{loss}{term}": {**options, **added} for loss, options in LOSSES.items() for term, added in TERMS.items()
-}
+
+
+def methods(discriminator: str) -> dict[str, dict | None]:
+    """Every loss with every term; `discriminator` is the folder of the one in the loss."""
+    named = {"adversarial_discriminator": discriminator}
+    return {"base": None} | {
+        f"{loss}{term}": {**options, **added, **(named if added else {})}
+        for loss, options in LOSSES.items()
+        for term, added in TERMS.items()
+    }
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--discriminator", default="runs/digits_rank4/discriminator", help="the one in the loss")
+    parser.add_argument("--second", default="runs/second", help="one that takes no part, whose score is in the table")
+    folders, _ = parser.parse_known_args()  # `run_methods` parses the rest and refuses what nobody knows
     run_methods(
-        METHODS,
+        methods(folders.discriminator),
         __doc__,
         default_seeds=1,
         output="benchmarks/adversarial.json",
         run_dir="runs/digits_rank4",
         second=lambda: load_scorer("discriminator", model=folders.second),
+        parents=[parser],
     )

@@ -3,7 +3,7 @@
 import argparse
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from trl_diffusion_rank.data.loading import load_splits
 from trl_diffusion_rank.data.ranked_rows import IMAGES, to_ranked
 from trl_diffusion_rank.diffusion.draws import stable_seed
 from trl_diffusion_rank.diffusion.sampling import load_tuned, sample_images
-from trl_diffusion_rank.evaluation.judges import Judge, load_judge, pixel_features
+from trl_diffusion_rank.evaluation.judges import DigitsWorldJudge, Judge, pixel_features, thumbnail
 from trl_diffusion_rank.evaluation.statistics import bootstrap_interval, diversity, frechet_distance
 from trl_diffusion_rank.objectives.ranking import extremes
 from trl_diffusion_rank.scorers import Scorer
@@ -115,7 +115,9 @@ def evaluate(
         numbers[f"good@{steps}"] = float(judged["good"].mean())
         numbers[f"good@{steps} per image"] = judged["good"].tolist()
         numbers[f"frechet@{steps}"] = frechet_distance(judge.features(images), judge.reference_features())
-        numbers[f"diversity@{steps}"] = diversity(pixel_features(images), judge.groups(prompts))
+        numbers[f"diversity@{steps}"] = diversity(
+            pixel_features([thumbnail(image) for image in images]), judge.groups(prompts)
+        )
         if second is not None:
             numbers[f"second@{steps}"] = float(np.mean(second.score(images, prompts)))
     return numbers
@@ -144,7 +146,7 @@ def table(results: dict[str, list[dict]]) -> str:
 
 
 def load_run(run_dir: Path, parser: argparse.ArgumentParser) -> tuple[Dataset, list[str], Judge]:
-    """The ranked lists and test prompts of a finished run, and the fitted judge. Sets up one quiet thread."""
+    """The ranked lists and test prompts of a finished run, and the judge. Sets up one quiet thread."""
     if not (run_dir / "score" / "stage.json").exists():
         parser.error(
             f"`{run_dir}` holds no ranked images. First: trl-diffusion-rank run --recipe "
@@ -154,7 +156,7 @@ def load_run(run_dir: Path, parser: argparse.ArgumentParser) -> tuple[Dataset, l
     transformers_logging.set_verbosity_error()
     lists = load_splits(str(run_dir / "score"))["train"]
     prompts = list(load_splits(str(run_dir / "prompts"))["test"]["prompt"])
-    return lists, prompts, load_judge("digits")
+    return lists, prompts, DigitsWorldJudge()
 
 
 def run_methods(
@@ -164,6 +166,7 @@ def run_methods(
     output: str,
     run_dir: str = "runs/digits_cpo_rank4",
     second: Callable[[], Scorer] | None = None,
+    parents: Sequence[argparse.ArgumentParser] = (),
 ) -> None:
     """
     The command line of a benchmark: train and judge every method, and print the table as it grows.
@@ -175,8 +178,11 @@ def run_methods(
         output: JSON file of every number of every run; a benchmark that was cut off goes on from it.
         run_dir: where the lists are, unless the command line says otherwise.
         second: loads a scorer that took no part, whose mean score is in the table.
+        parents: parsers of the benchmark's own options, which it has read already.
     """
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, parents=parents, allow_abbrev=False
+    )
     parser.add_argument("--run_dir", default=run_dir, help="finished run with the stages up to `score`")
     parser.add_argument(
         "--seeds", type=int, default=default_seeds, help=f"trainings a method (default: {default_seeds})"

@@ -1,6 +1,10 @@
-"""What the tests of the trainers share: options for tiny runs, and looks at what a run did."""
+"""What the tests of the trainers share: options for tiny runs, launched ones, and looks at what a run did."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,6 +50,16 @@ def make(trainer_class: type, config_class: type, output_dir: Any, model: Any, d
         peft_config=lora() if peft_config == "lora" else peft_config,
         **{key: value for key, value in kwargs.items() if key in ARGUMENTS},
     )
+
+
+def launch(script: str, processes: int, *arguments: Any, **environment: str) -> None:
+    """Run a file of tests as a program, in so many processes, with `environment` added to this process's own."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
+    command += ["--num_processes", str(processes), "--num_cpu_threads_per_process", "1", "--mixed_precision", "no"]
+    command += ["--dynamo_backend", "no", *(["--multi_gpu"] if processes > 1 else []), script]
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, **environment, "PYTHONPATH": path}
+    subprocess.run([*command, *map(str, arguments)], check=True, env=environment, timeout=600)
 
 
 def lora(**kwargs: Any) -> LoraConfig:

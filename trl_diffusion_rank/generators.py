@@ -14,13 +14,15 @@ Importing this file imports no torch: the options of a stage are checked with it
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trl_diffusion_rank.spelling import did_you_mean
+from trl_diffusion_rank.stages._common import DTYPES
 
 
 if TYPE_CHECKING:
@@ -29,7 +31,6 @@ if TYPE_CHECKING:
 
 
 REAL = "real"  # the source of the dataset's own image
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
 _AT_1024 = {"height": 1024, "width": 1024, "variant": "fp16"}
@@ -258,7 +259,7 @@ def read_generators(entries: Iterable[str | Mapping[str, Any]] | None, include_r
             for key in expanded:
                 if key not in known:
                     raise ValueError(
-                        f"An entry of `generators` has the key {key!r}, which is not known.{_did_you_mean(key, known)}"
+                        f"An entry of `generators` has the key {key!r}, which is not known.{did_you_mean(key, known)}"
                         f" Known: preset, {', '.join(known)}."
                     )
             if "model" not in expanded:
@@ -294,7 +295,7 @@ def expand_preset(entry: str | Mapping[str, Any]) -> list[Mapping[str, Any]]:
     name = entry["preset"]
     if name not in PRESETS:
         raise ValueError(
-            f"An entry of `generators` is the preset {name!r}, which is not known.{_did_you_mean(str(name), PRESETS)}"
+            f"An entry of `generators` is the preset {name!r}, which is not known.{did_you_mean(str(name), PRESETS)}"
             f" Known: {', '.join(PRESETS)}. A model is given as {{model: {name}}}."
         )
     overrides = {key: value for key, value in entry.items() if key != "preset"}
@@ -307,11 +308,6 @@ def expand_preset(entry: str | Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [{**preset, **overrides} for preset in PRESETS[name]]
 
 
-def _did_you_mean(got: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(got, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
-
-
 # Loading ---------------------------------------------------------------
 
 
@@ -322,12 +318,10 @@ def load_generator(generator: Generator, device: torch.device, dtype: str = "aut
     Args:
         dtype (`str`): for a generator that names none; `auto` is bfloat16 on an accelerator and float32 on a CPU.
     """
-    from trl_diffusion_rank.diffusion.loading import load_pipeline
+    from trl_diffusion_rank.diffusion.loading import load_pipeline, sampling_dtype
     from trl_diffusion_rank.diffusion.sampling import add_lora, replace_denoiser
 
-    dtype = generator.dtype or dtype
-    if dtype == "auto":
-        dtype = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = sampling_dtype(generator.dtype or dtype, device)
     # Passed when set only: not every custom pipeline knows them.
     source = {key: getattr(generator, key) for key in ("revision", "variant") if getattr(generator, key) is not None}
     pipe = load_pipeline(generator.model, dtype, **source)
@@ -378,13 +372,13 @@ def read_scheduler(generator: Generator) -> tuple[type, dict[str, Any]]:
         names = [name for name in dir(diffusers) if name.endswith("Scheduler") and not name.startswith("Flax")]
         raise ValueError(
             f"`scheduler` of the generator {generator.name!r} is {name!r}, which is no scheduler of diffusers."
-            f"{_did_you_mean(name, names)}"
+            f"{did_you_mean(name, names)}"
         )
     known = [key for key in inspect.signature(scheduler_class).parameters if key not in ("self", "kwargs")]
     for key in options:  # diffusers would only warn
         if key not in known:
             raise ValueError(
                 f"`scheduler` of the generator {generator.name!r} has the option {key!r}, which {name} does not have."
-                f"{_did_you_mean(key, known)} It has {', '.join(known)}."
+                f"{did_you_mean(key, known)} It has {', '.join(known)}."
             )
     return scheduler_class, options

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from trl_diffusion_rank.data import images
-from trl_diffusion_rank.data.images import decode_image, fit_image, to_pixels, to_uint8
+from trl_diffusion_rank.data.images import as_png, decode_image, fit_image, to_pixels, to_uint8
 
 
 def encoded(image: Image.Image, format: str = "PNG", **kwargs) -> bytes:
@@ -18,6 +18,13 @@ def encoded(image: Image.Image, format: str = "PNG", **kwargs) -> bytes:
 def gradient(width: int, height: int) -> Image.Image:
     """Brightness rises from left to right, so that what is cut off shows."""
     return Image.fromarray(np.tile(np.linspace(0, 255, width).astype(np.uint8), (height, 1))).convert("RGB")
+
+
+def test_written_as_png_nothing_is_lost():
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 6, 3), dtype=np.uint8))
+    written = as_png(image)
+    assert Image.open(io.BytesIO(written["bytes"])).format == "PNG" and written["path"] is None
+    assert np.array_equal(decode_image(written), image)
 
 
 def test_every_form_decodes_to_the_same_rgb(tmp_path):

@@ -24,7 +24,7 @@ from trl_diffusion_rank.data.parts import Parts
 from trl_diffusion_rank.diffusion import sampling
 from trl_diffusion_rank.diffusion.draws import stable_seed
 from trl_diffusion_rank.recipe import parse_stage
-from trl_diffusion_rank.stages.generate import GenerateArguments, JsonMapping, main
+from trl_diffusion_rank.stages.generate import GenerateArguments, PresetOrMapping, main
 
 
 @pytest.fixture
@@ -577,14 +577,14 @@ def test_the_card_says_how_it_was_made(run, tmp_path, tiny_pipeline):
 
 
 def test_json_or_a_preset_on_the_command_line():
-    assert JsonMapping('{"model": "x", "num_inference_steps": [1, 2]}') == {
+    assert PresetOrMapping('{"model": "x", "num_inference_steps": [1, 2]}') == {
         "model": "x",
         "num_inference_steps": [1, 2],
     }
-    assert JsonMapping("sdxl_lightning") == {"preset": "sdxl_lightning"}
-    assert JsonMapping({"model": "x"}) == {"model": "x"}
+    assert PresetOrMapping("sdxl_lightning") == {"preset": "sdxl_lightning"}
+    assert PresetOrMapping({"model": "x"}) == {"model": "x"}
     with pytest.raises(ValueError):
-        JsonMapping('{"model": "x"')
+        PresetOrMapping('{"model": "x"')
 
 
 def test_presets_and_mappings_from_the_command_line_and_a_recipe(tmp_path):

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from trl_diffusion_rank.data.loading import load_splits, undecoded
 from trl_diffusion_rank.data.parts import Parts
 from trl_diffusion_rank.data.prompts import Candidate, split_order, split_prompts
 from trl_diffusion_rank.data.ranked_rows import check_rows, to_ranked
+from trl_diffusion_rank.digits import digits_model_path
 from trl_diffusion_rank.digits.data import parse_caption
 from trl_diffusion_rank.stages.prompts import IMAGES_PER_PART, PromptsArguments, main
 
@@ -202,6 +204,16 @@ def test_prompts_are_cut_to_what_the_text_encoder_reads(tmp_path, capsys):
     out = capsys.readouterr().out
     assert said in out and said in card(tmp_path)
     assert "Left out: 1 repeated, 1 too long." in out
+
+
+def test_the_card_names_only_the_last_part_of_local_paths(tmp_path):
+    (tmp_path / "mine").mkdir()
+    path, tokenizer = write(tmp_path / "mine", ".jsonl", ["a red five", *LONG]), tmp_path / "models" / "sdxl"
+    shutil.copytree(Path(digits_model_path(), "tokenizer"), tokenizer)
+    run(tmp_path, dataset_name=path, tokenizer=str(tokenizer), num_test_prompts=0)
+    text = card(tmp_path)
+    assert "Prompts from `prompts.jsonl`," in text and "the text encoder of `sdxl` reads" in text
+    assert str(tmp_path) not in text
 
 
 def test_prompts_that_are_too_long_are_left_out_on_request(tmp_path, capsys):
@@ -875,7 +887,7 @@ def test_missing_columns_list_those_there_are(tmp_path):
         run(tmp_path, dataset_name=path, min_side=8)
     Dataset.from_dict({"question": ["why"], "answer": ["so"]}).to_parquet(tmp_path / "qa.parquet")
     with pytest.raises(
-        ValueError, match=r"none of the columns prompt, caption, text: .*`prompt_column`.*: question, ans"
+        ValueError, match=r"none of the columns prompt, Prompt, caption, text: .*`prompt_column`.*: question, ans"
     ):
         run(tmp_path, dataset_name=str(tmp_path / "qa.parquet"))
 

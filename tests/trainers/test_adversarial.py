@@ -1,6 +1,4 @@
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +8,7 @@ from diffusers import AutoencoderTiny, StableDiffusionPipeline, StableDiffusionX
 from peft import LoraConfig
 from tiny import ranked_dataset, tiny_flux_pipeline, tiny_sd3_pipeline, tiny_sd_pipeline, tiny_sdxl_pipeline, tiny_vae
 from tiny_discriminator import save_tiny_discriminator, tiny_discriminator, tiny_processor
+from training import config, first_batch, launch
 from transformers import TrainerCallback
 
 from trl_diffusion_rank import (
@@ -35,19 +34,6 @@ PIPELINES = {
     "sdxl-sample": lambda: tiny_sdxl_pipeline("sample"),
     "sd3": tiny_sd3_pipeline,
     "flux": tiny_flux_pipeline,
-}
-OPTIONS = {
-    "bf16": False,
-    "gradient_checkpointing": False,
-    "per_device_train_batch_size": 2,
-    "max_steps": 2,
-    "logging_steps": 1,
-    "learning_rate": 1e-2,
-    "report_to": "none",
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
-    "save_strategy": "no",
-    "beta": 100.0,
 }
 ALL_TIMES = {"adversarial_max_noise": 500.0, "adversarial_max_images": 100}
 
@@ -75,15 +61,11 @@ def make_trainer(output_dir, method="dpo", model=None, data=None, peft_config="l
     lora = LoraConfig(r=4, lora_alpha=12, target_modules=["to_q", "to_k", "to_v", "to_out.0"])
     return trainer_class(
         model=tiny_sdxl_pipeline() if model is None else model,
-        args=config_class(str(output_dir), **(OPTIONS | options)),
+        args=config(config_class, output_dir, **({"beta": 100.0} | options)),
         train_dataset=ranked_dataset() if data is None else data,
         peft_config=lora if peft_config == "lora" else peft_config,
         callbacks=callbacks,
     )
-
-
-def first_batch(trainer):
-    return trainer._prepare_inputs(trainer.data_collator(list(trainer.train_dataset)))
 
 
 def loss_and_logs(trainer, batch=None):
@@ -697,11 +679,7 @@ def test_two_processes_keep_one_discriminator_and_train_it_as_one_does(tmp_path,
     for processes in (1, 2):
         output = tmp_path / str(processes)
         output.mkdir()
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
-        command += ["--num_processes", str(processes), "--num_cpu_threads_per_process", "1", "--mixed_precision", "no"]
-        command += ["--dynamo_backend", "no", *(["--multi_gpu"] if processes > 1 else []), __file__]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-        subprocess.run([*command, str(output), str(4 // processes), folder], check=True, env=environment, timeout=300)
+        launch(__file__, processes, output, 4 // processes, folder)
         results[processes] = [json.loads((output / f"{index}.json").read_text()) for index in range(processes)]
     (one,), (first, second) = results[1], results[2]
     assert [one["processes"], first["processes"]] == [1, 2]

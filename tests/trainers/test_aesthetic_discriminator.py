@@ -1,7 +1,5 @@
 import inspect
 import json
-import os
-import subprocess
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -10,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import training
 from datasets import Dataset, Features, Image, List, Value
 from peft import LoraConfig
 from PIL import Image as PILImage
@@ -49,19 +48,8 @@ def groups(sizes=(3, 3, 2, 3, 3, 2, 3, 3), seed=0) -> Dataset:
 
 
 def config(folder, **options) -> AestheticDiscriminatorTrainerConfig:
-    defaults = {
-        "per_device_train_batch_size": 4,
-        "learning_rate": 1e-2,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "use_cpu": True,
-        "report_to": "none",
-        "save_strategy": "no",
-        "disable_tqdm": True,
-    }
-    return AestheticDiscriminatorTrainerConfig(str(folder), **(defaults | options))
+    options = {"per_device_train_batch_size": 4, "use_cpu": True} | options
+    return training.config(AestheticDiscriminatorTrainerConfig, folder, **options)
 
 
 def trainer_of(folder, kind="clip", peft_config=None, data=None, **options) -> AestheticDiscriminatorTrainer:
@@ -175,6 +163,8 @@ def test_training_learns_and_moves_what_it_should(tmp_path, kind):
     assert {"logit_scale.log_scale", "score_head.logit.weight"} <= moved
     assert any(name.startswith("backbone.vision_model.encoder.layers.2.") for name in moved)
     assert not any(name.startswith(("backbone.text", "backbone.vision_model.encoder.layers.1.")) for name in moved)
+    with (tmp_path / "log_history.jsonl").open() as file:
+        assert [json.loads(line) for line in file] == trainer.state.log_history
     logs = [log for log in trainer.state.log_history if "group_loss" in log]
     assert logs[-1]["group_loss"] < 0.5 * logs[0]["group_loss"]
     assert logs[-1]["top1"] == 1
@@ -443,11 +433,7 @@ def test_two_processes_train_and_score_as_one(tmp_path):
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
-        command += ["--num_processes", str(processes), "--num_cpu_threads_per_process", "1", "--mixed_precision", "no"]
-        command += ["--dynamo_backend", "no", *(["--multi_gpu"] if processes > 1 else []), __file__]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-        subprocess.run([*command, str(folder), str(4 // processes)], check=True, env=environment)
+        training.launch(__file__, processes, folder, 4 // processes)
         count, *seen[processes] = json.loads((folder / "seen.json").read_text())
         assert count == processes
     (one, scores), (two, same_scores) = seen[1], seen[2]

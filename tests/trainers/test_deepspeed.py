@@ -5,7 +5,6 @@ Needs `pip install deepspeed` and g++, with which DeepSpeed compiles its communi
 """
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig
 from tiny import ranked_dataset, tiny_sdxl_pipeline
 from tiny_discriminator import save_tiny_discriminator
+from training import launch
 
 from trl_diffusion_rank import RankedDiffusionDPOConfig, RankedDiffusionDPOTrainer
 from trl_diffusion_rank.discriminator import AestheticDiscriminator
@@ -109,19 +109,12 @@ def weights(trainer) -> dict[str, dict[str, torch.Tensor]]:
     return {part: {name: p.detach().clone() for name, p in named.items()} for part, named in trained.items()}
 
 
-def launch(folder: Path, zero: bool, discriminator: str = "", weight: str = "") -> list[dict]:
+def launch_in(folder: Path, zero: bool, discriminator: str = "", weight: str = "") -> list[dict]:
     """What each process of a run wrote: two under ZeRO-2, or one without it."""
     folder.mkdir()
     processes = 2 if zero else 1
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
-    command += ["--num_processes", str(processes), "--num_cpu_threads_per_process", "1", "--mixed_precision", "no"]
-    command += ["--dynamo_backend", "no", *(["--multi_gpu"] if zero else []), __file__]
-    command += [str(folder), discriminator, weight, "zero" if zero else ""]
-    path = os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path}
-    if zero:
-        environment |= {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"}
-    subprocess.run(command, check=True, env=environment, timeout=600)
+    environment = {"ACCELERATE_USE_DEEPSPEED": "true", "DS_ACCELERATOR": "cpu"} if zero else {}
+    launch(__file__, processes, folder, discriminator, weight, "zero" if zero else "", **environment)
     results = [torch.load(folder / f"{index}.pt", weights_only=True) for index in range(processes)]
     assert [result["processes"] for result in results] == [processes] * processes
     return results
@@ -159,8 +152,8 @@ def check_files(folder: Path, lora: dict[str, torch.Tensor]) -> None:
 
 def test_dpo_trains_as_one_process_does(tmp_path):
     pytest.importorskip("deepspeed")
-    (one,) = launch(tmp_path / "one", zero=False)
-    first, second = launch(tmp_path / "zero", zero=True)
+    (one,) = launch_in(tmp_path / "one", zero=False)
+    first, second = launch_in(tmp_path / "zero", zero=True)
     check_same_training(one, first, second)
     check_files(tmp_path / "zero", first["after"]["lora"])
 
@@ -169,8 +162,8 @@ def test_dpo_trains_as_one_process_does(tmp_path):
 def test_joint_training_keeps_one_discriminator(tmp_path, weight):
     pytest.importorskip("deepspeed")
     discriminator = save_tiny_discriminator("clip", tmp_path / "discriminator", patch_layer=1)
-    (one,) = launch(tmp_path / "one", False, discriminator, weight)
-    first, second = launch(tmp_path / "zero", True, discriminator, weight)
+    (one,) = launch_in(tmp_path / "one", False, discriminator, weight)
+    first, second = launch_in(tmp_path / "zero", True, discriminator, weight)
     check_same_training(one, first, second)
     check_files(tmp_path / "zero", first["after"]["lora"])
     saved = AestheticDiscriminator.from_pretrained(tmp_path / "zero" / "whole" / "discriminator").state_dict()

@@ -1,13 +1,12 @@
 """A run does not change with the number of processes: noise and timesteps belong to the row."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from tiny import ranked_dataset, tiny_sdxl_pipeline
+from training import launch
 
 from trl_diffusion_rank import (
     DiffusionCPOConfig,
@@ -57,11 +56,7 @@ def test_two_processes_give_the_losses_of_one(tmp_path, method):
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
-        command += ["--num_processes", str(processes), "--num_cpu_threads_per_process", "1", "--mixed_precision", "no"]
-        command += ["--dynamo_backend", "no", *(["--multi_gpu"] if processes > 1 else []), __file__]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
-        subprocess.run([*command, str(folder), str(4 // processes), method], check=True, env=environment)
+        launch(__file__, processes, folder, 4 // processes, method)
         seen, histories[processes] = json.loads((folder / "history.json").read_text())
         assert seen == processes
     assert len(histories[1]) == 4

@@ -90,11 +90,9 @@ class Captioner:
             ProcessorMixin,
         )
 
-        from trl_diffusion_rank.diffusion.loading import parse_dtype
+        from trl_diffusion_rank.diffusion.loading import parse_dtype, sampling_dtype
 
-        if dtype == "auto":
-            dtype = "float32" if self.device.type == "cpu" else "bfloat16"
-        dtype = parse_dtype(dtype)
+        dtype = parse_dtype(sampling_dtype(dtype, self.device))
         try:
             # The weights last: what is wrong with a model shows before gigabytes are downloaded.
             config = AutoConfig.from_pretrained(self.model_name, **options)

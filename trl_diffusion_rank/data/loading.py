@@ -12,7 +12,7 @@ FILE_BUILDERS = {".parquet": "parquet", ".json": "json", ".jsonl": "json", ".csv
 
 
 def load_splits(
-    name: str, config: str | None = None, streaming: bool = False
+    name: str, config: str | None = None, streaming: bool = False, option: str = "dataset_name"
 ) -> DatasetDict | dict[str, Dataset | IterableDataset]:
     """
     All splits of a dataset by name.
@@ -26,12 +26,14 @@ def load_splits(
             Configuration of a Hub dataset.
         streaming (`bool`, *optional*, defaults to `False`):
             Read rows as they are asked for instead of downloading everything first.
+        option (`str`, *optional*, defaults to `"dataset_name"`):
+            What errors call `name`.
     """
     path = Path(name)
     if path.is_file():
         if path.suffix not in FILE_BUILDERS:
             raise ValueError(
-                f"`dataset_name` is the file {name!r}; its name must end in one of {', '.join(FILE_BUILDERS)}."
+                f"`{option}` is the file {name!r}; its name must end in one of {', '.join(FILE_BUILDERS)}."
             )
         return load_dataset(FILE_BUILDERS[path.suffix], data_files=str(path), streaming=streaming)
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -41,7 +43,7 @@ def load_splits(
         return load_dataset(name, config, streaming=streaming)
     except (FileNotFoundError, ConnectionError) as error:
         raise ValueError(
-            f"`dataset_name` is {name!r}, which is neither a file or folder on this machine nor a dataset on the Hub "
+            f"`{option}` is {name!r}, which is neither a file or folder on this machine nor a dataset on the Hub "
             f"that can be reached. ({error})"
         ) from error
 
@@ -59,6 +61,17 @@ def load_rows(
         if column not in names:
             raise ValueError(f"There is no column {column!r} in {name!r}; its columns are {', '.join(names)}.")
     return rows
+
+
+def evaluation_split(splits: DatasetDict | dict[str, Any], given: str | None, name: str, option: str) -> str:
+    """The split `given` by the `option`, else `test`, or the only one that there is."""
+    split = given or (next(iter(splits)) if len(splits) == 1 else "test")
+    if split not in splits:
+        raise ValueError(
+            f"`{option}` is {given!r}{'' if given else ', which means test'}; {name!r} has the splits "
+            f"{', '.join(splits)}."
+        )
+    return split
 
 
 def stream_columns(

@@ -10,8 +10,10 @@ import errno
 import hashlib
 import logging
 import os
-from collections import defaultdict
-from collections.abc import Iterable, Sequence, Set
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Sequence, Set
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,10 @@ from datasets import Features
 logger = logging.getLogger(__name__)
 
 Key = tuple[int | str, ...]
+
+# Batches that are encoded while a model draws on. One thread would hold up a model of more than 12 images of 1024 px a
+# second.
+WRITERS = 4
 
 
 class Parts:
@@ -103,13 +109,46 @@ class Parts:
         return results
 
 
-def missing_batches(keys: Sequence[Key], done: Set[Key], batch_size: int) -> list[list[int]]:
+class Writer:
+    """
+    Encodes and writes batches while a model makes the next ones, at most `WRITERS` of them at a time.
+
+    What was put is on disk when the context ends, also when it ends in an error. An error of its own is raised by the
+    next `put`, or at the end.
+
+    Args:
+        parts ([`Parts`]): what is written to.
+        encode (`Callable`): from the columns that are put to those that are written.
+    """
+
+    def __init__(self, parts: Parts, encode: Callable[[dict[str, list[Any]]], dict[str, list[Any]]]):
+        self.parts, self.encode = parts, encode
+        self.pool = ThreadPoolExecutor(WRITERS)
+        self.waiting: deque[Future[None]] = deque()
+
+    def put(self, columns: dict[str, list[Any]]) -> None:
+        if len(self.waiting) == WRITERS:
+            self.waiting.popleft().result()
+        self.waiting.append(self.pool.submit(lambda: self.parts.write(self.encode(columns))))
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        self.pool.shutdown()
+        if kind is None:
+            for future in self.waiting:
+                future.result()
+
+
+def missing_batches(keys: Iterable[Key], done: Set[Key], batch_size: int) -> list[list[int]]:
     """
     Places of the keys that are not `done`, in batches.
 
     Their bounds don't depend on what is done, nor on how many processes share the batches: kernels round differently
     at another batch size, and so an interrupted run, or one of several processes, gives the same numbers.
     """
-    batches = (range(start, min(start + batch_size, len(keys))) for start in range(0, len(keys), batch_size))
-    rest = ([place for place in batch if keys[place] not in done] for batch in batches)
+    numbered = enumerate(keys)
+    batches = iter(lambda: list(islice(numbered, batch_size)), [])
+    rest = ([place for place, key in batch if key not in done] for batch in batches)
     return [batch for batch in rest if batch]

@@ -7,6 +7,45 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 
+# Columns of the prompts in the datasets that we know; PartiPrompts writes its own with a capital
+PROMPT_COLUMNS = ("prompt", "Prompt", "caption", "text")
+
+
+def check_column(option: str, column: str, names: list[str], dataset: str) -> None:
+    """Refuse a `column` that the dataset with the columns `names` doesn't have."""
+    if column not in names:
+        raise ValueError(
+            f"`{option}` is {column!r}, and {dataset!r} has no such column; its columns are {', '.join(names)}."
+        )
+
+
+def prompt_column(given: str | None, names: list[str], dataset: str) -> str:
+    """The column of the prompts: the one that is `given`, or a known one."""
+    if dataset.endswith(".txt"):
+        return "text"  # a text file has no header; `datasets` calls its only column so
+    if given is not None:
+        check_column("prompt_column", given, names, dataset)
+        return given
+    known = [name for name in PROMPT_COLUMNS if name in names]
+    if not known:
+        raise ValueError(
+            f"{dataset!r} has none of the columns {', '.join(PROMPT_COLUMNS)}: say with `prompt_column` which of its "
+            f"columns holds the prompts: {', '.join(names)}."
+        )
+    return known[0]
+
+
+def check_row_numbers(rows: list[Any], dataset: str) -> None:
+    """Refuse a column `row` that doesn't number the rows: the seeds of images are made of it."""
+    counts = Counter(rows)
+    wrong = next((row for row in rows if type(row) is not int or counts[row] > 1), None)
+    if wrong is not None or None in counts:
+        raise ValueError(
+            f"The column 'row' of {dataset!r} holds {wrong!r}{' twice' if counts[wrong] > 1 else ''}. It numbers the "
+            "rows, and the images' seeds are made of it: rename the column, or number the rows."
+        )
+
+
 @dataclass(frozen=True)
 class Filters:
     """

@@ -25,6 +25,13 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def sampling_dtype(dtype: str, device: torch.device) -> str:
+    """What `"auto"` stands for where nothing is trained, float32 on a CPU, else bfloat16; other names as they are."""
+    if dtype != "auto":
+        return dtype
+    return "float32" if device.type == "cpu" else "bfloat16"
+
+
 def load_pipeline(
     model: str,
     dtype: str | torch.dtype | None = None,

@@ -18,6 +18,21 @@ def check_backbone_type(model_type: str | None) -> None:
         )
 
 
+def read_model_type(model: str) -> str | None:
+    """What kind of model a folder or Hub id holds. `OSError` where there is none."""
+    return PreTrainedConfig.get_config_dict(model)[0].get("model_type")
+
+
+def check_is_discriminator(model: str, option: str) -> None:
+    """Refuse a folder or Hub id of another kind of model; `option` is what the user gave it as."""
+    model_type = read_model_type(model)
+    if model_type != AestheticDiscriminatorConfig.model_type:
+        raise ValueError(
+            f"{option} is of the type {model_type!r}, not an aesthetic discriminator. Give the folder or Hub id of "
+            "one that was trained with this package."
+        )
+
+
 class AestheticDiscriminatorConfig(PreTrainedConfig):
     """
     Configuration of an [`AestheticDiscriminator`].

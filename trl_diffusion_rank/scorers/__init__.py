@@ -15,7 +15,6 @@ Where a list of scorers is asked for, an entry is a name, or a mapping with opti
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import json
 import math
@@ -27,13 +26,24 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
+from trl_diffusion_rank.spelling import did_you_mean
+
 
 if TYPE_CHECKING:
     import numpy as np
     from PIL.Image import Image
 
 
-__all__ = ["SCORERS", "Scorer", "ScorerSpec", "check_scorer", "known_scorers", "load_scorer", "read_scorers"]
+__all__ = [
+    "SCORERS",
+    "Scorer",
+    "ScorerSpec",
+    "check_scorer",
+    "known_scorers",
+    "load_scorer",
+    "read_scorer",
+    "read_scorers",
+]
 
 ENTRY_POINT_GROUP = "trl_diffusion_rank.scorers"
 
@@ -139,17 +149,17 @@ def read_scorers(entries: list[str | dict[str, Any]]) -> list[ScorerSpec]:
     return specs
 
 
-def read_scorer(entry: str | dict[str, Any]) -> ScorerSpec:
-    """One entry of a list of scorers, checked."""
+def read_scorer(entry: str | dict[str, Any], option: str = "scorers") -> ScorerSpec:
+    """One entry of a list of scorers, which errors call `option`, checked."""
     if isinstance(entry, str) and entry.lstrip().startswith("{"):
         try:
             entry = json.loads(entry)
         except json.JSONDecodeError as error:
-            raise ValueError(f"An entry of `scorers` starts as JSON and is none: {entry} ({error})") from error
+            raise ValueError(f"An entry of `{option}` starts as JSON and is none: {entry} ({error})") from error
     if isinstance(entry, str):
         entry = {"name": entry}
     if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-        raise ValueError(f"An entry of `scorers` is {entry!r}; it must be a name or a mapping with the key `name`.")
+        raise ValueError(f"An entry of `{option}` is {entry!r}; it must be a name or a mapping with the key `name`.")
 
     options = dict(entry)
     name = options.pop("name")
@@ -201,11 +211,6 @@ def load_scorer(name: str, **options: Any) -> Scorer:
             "see `trl_diffusion_rank.scorers.Scorer` for what a scorer has."
         )
     return scorer
-
-
-def did_you_mean(got: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(got, list(known), n=1)
-    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def join(names: Iterable[str]) -> str:

@@ -5,13 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedConfig
 
-from trl_diffusion_rank.discriminator import (
-    AestheticDiscriminator,
-    AestheticDiscriminatorConfig,
-    AestheticDiscriminatorProcessor,
-)
+from trl_diffusion_rank.discriminator import AestheticDiscriminator, AestheticDiscriminatorProcessor
+from trl_diffusion_rank.discriminator.configuration import check_is_discriminator
 from trl_diffusion_rank.scorers._models import TransformersScorer
 
 
@@ -45,12 +41,7 @@ class DiscriminatorScorer(TransformersScorer):
         super().__init__(model=model, batch_size=batch_size, device=device, dtype=dtype)
 
     def load_model(self, model: str) -> AestheticDiscriminator:
-        model_type = PreTrainedConfig.get_config_dict(model)[0].get("model_type")
-        if model_type != AestheticDiscriminatorConfig.model_type:
-            raise ValueError(
-                f"`model` {model!r} of the scorer {self.name!r} is of the type {model_type!r}, not an aesthetic "
-                "discriminator. Give the folder or Hub id of one that was trained with this package."
-            )
+        check_is_discriminator(model, f"`model` {model!r} of the scorer {self.name!r}")
         return super().load_model(model)
 
     def score_batch(self, images: list[Image], prompts: list[str]) -> torch.Tensor:

@@ -200,7 +200,6 @@ def main(args: CaptionArguments) -> None:
     from trl_diffusion_rank.data.artefact import Artefact, Card, common_features, public
     from trl_diffusion_rank.data.loading import load_splits, undecoded
     from trl_diffusion_rank.data.parts import missing_batches
-    from trl_diffusion_rank.versions import package_versions
 
     state = process_state()
     loaded = load_splits(args.dataset_name)
@@ -266,7 +265,6 @@ def main(args: CaptionArguments) -> None:
         },
         stage="caption",
         options=asdict(args),
-        versions=package_versions(),
         sections=sections,
         tags=["text-to-image"],
     )

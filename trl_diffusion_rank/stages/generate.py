@@ -24,12 +24,10 @@ beside the others: the ranking would learn the size. Set `height` and `width`, f
 
 from __future__ import annotations
 
-import gc
 import io
 import json
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import chain, islice
 from typing import IO, TYPE_CHECKING, Any
@@ -37,24 +35,24 @@ from typing import IO, TYPE_CHECKING, Any
 from trl_diffusion_rank.generators import REAL, Draw, Generator, read_generators
 from trl_diffusion_rank.stages._common import (
     DTYPES,
+    NameOrMapping,
     PublishingOptions,
     check_at_least,
     check_choice,
     format_table,
+    free_memory,
     process_state,
     require,
 )
 
 
 if TYPE_CHECKING:
-    from accelerate import PartialState
     from datasets import Dataset
     from diffusers import DiffusionPipeline
-    from PIL.Image import Image
     from tqdm import tqdm
 
     from trl_diffusion_rank.data.artefact import Artefact
-    from trl_diffusion_rank.data.parts import Key, Parts
+    from trl_diffusion_rank.data.parts import Key, Parts, Writer
 
 
 HELP = "generate images of the prompts, from one or several models"
@@ -64,22 +62,16 @@ KEY = ("source", "index", "row")  # of an image, beside the prompt
 OWN_COLUMNS = ("prompt", "images", "sources", "seeds", "row")
 # So many images of a model in a row that are all unusable are no accident: it would go on like this for hours.
 FIRST_IMAGES = 16
-# Batches that are encoded while the model draws on. One thread would hold up a model of more than 12 images of
-# 1024 px a second.
-WRITERS = 4
 # Rows that are in memory at once while the dataset is put together.
 ROWS_AT_ONCE = 32
 # Failures that the card lists; the file has all.
 LISTED = 50
 
 
-class JsonMapping(dict):
-    """A mapping, as a recipe gives it or as JSON from the command line, or the name of a preset."""
+class PresetOrMapping(NameOrMapping):
+    """An entry of `generators`."""
 
-    def __init__(self, value: str | dict[str, Any]):
-        if isinstance(value, str):
-            value = json.loads(value) if value.lstrip().startswith("{") else {"preset": value}
-        super().__init__(value)
+    key = "preset"
 
 
 @dataclass
@@ -114,7 +106,7 @@ class GenerateArguments(PublishingOptions):
         default=None, metadata={"help": "Dataset with a column `prompt`; in a run the output of `prompts`."}
     )
     dataset_split: str = field(default="train", metadata={"help": "Split of the prompts."})
-    generators: list[JsonMapping] | None = field(
+    generators: list[PresetOrMapping] | None = field(
         default=None,
         metadata={
             "help": "Presets (sdxl_turbo_steps, sdxl_lightning, mixed) or mappings (JSON on the command line) with "
@@ -154,6 +146,7 @@ def argument_classes() -> tuple[type, ...]:
 def load_prompts(args: GenerateArguments, generators: list[Generator]) -> tuple[Dataset, list[int]]:
     """The rows, with images as they are stored, and their numbers; all that is needed of them is there."""
     from trl_diffusion_rank.data.loading import load_rows, undecoded
+    from trl_diffusion_rank.data.prompts import check_row_numbers
 
     data = undecoded(load_rows(args.dataset_name, args.dataset_split, columns=("prompt",)))
     columns = {g.prompt_column: f"`prompt_column` of the generator {g.name!r}" for g in generators}
@@ -178,13 +171,7 @@ def load_prompts(args: GenerateArguments, generators: list[Generator]) -> tuple[
     if "row" not in data.column_names:
         return data, list(range(len(data)))
     rows = list(data["row"])
-    counts = Counter(rows)
-    wrong = next((row for row in rows if type(row) is not int or counts[row] > 1), None)
-    if wrong is not None:
-        raise ValueError(
-            f"The column 'row' of {args.dataset_name!r} holds {wrong!r}{' twice' if counts[wrong] > 1 else ''}. It "
-            "numbers the rows, and the images' seeds are made of it: rename the column, or number the rows."
-        )
+    check_row_numbers(rows, args.dataset_name)
     return data, rows
 
 
@@ -222,29 +209,17 @@ def attempt_seeds(seed: int, prompt: str, row: int, draw: Draw) -> tuple[int, in
     return stable_seed(seed, *parts), stable_seed(seed, *parts, "retry")
 
 
-def batches_of(generator: Generator, rows: list[int], batch_size: int) -> Iterator[list[tuple[Draw, int]]]:
-    """
-    All images of a generator, as (draw, place of the row), in batches of one number of steps.
+def missing_images(
+    generator: Generator, rows: list[int], done: set[Key], batch_size: int
+) -> Iterator[list[tuple[Draw, int]]]:
+    """What isn't done of a generator, as (draw, place of the row), in batches of one number of steps."""
+    from trl_diffusion_rank.data.parts import missing_batches
 
-    Their bounds don't depend on what is there already or on who draws: kernels round differently at another batch
-    size, and so an interrupted run, or one of several processes, still gives the same bytes.
-    """
     for steps in dict.fromkeys(generator.num_inference_steps):
         draws = [draw for draw in generator.draws if draw.steps == steps]
-        images = ((draw, place) for place in range(len(rows)) for draw in draws)
-        while batch := list(islice(images, batch_size)):
-            yield batch
-
-
-def missing_batches(
-    generator: Generator, rows: list[int], done: set[Key], batch_size: int, state: PartialState
-) -> Iterator[list[tuple[Draw, int]]]:
-    """This process's share of what isn't done of a generator."""
-    rest = (
-        [(draw, place) for draw, place in batch if (draw.source, draw.index, rows[place]) not in done]
-        for batch in batches_of(generator, rows, batch_size)
-    )
-    return islice(filter(None, rest), state.process_index, None, state.num_processes)
+        keys = ((draw.source, draw.index, row) for row in rows for draw in draws)
+        for batch in missing_batches(keys, done, batch_size):
+            yield [(draws[i % len(draws)], i // len(draws)) for i in batch]
 
 
 def draw_missing(
@@ -253,14 +228,21 @@ def draw_missing(
     """Draw this process's share of all images that are not `done`, one model at a time."""
     from tqdm import tqdm
 
+    from trl_diffusion_rank.data.parts import Writer
+
     state = process_state()
-    total = sum(len(b) for g in generators for b in missing_batches(g, rows, done, args.batch_size, state))
+
+    def share(generator: Generator) -> Iterator[list[tuple[Draw, int]]]:
+        batches = missing_images(generator, rows, done, args.batch_size)
+        return islice(batches, state.process_index, None, state.num_processes)
+
+    total = sum(len(batch) for generator in generators for batch in share(generator))
     with (
-        Writer(parts) as writer,
+        Writer(parts, encoded) as writer,
         tqdm(total=total, unit="image", disable=not state.is_main_process) as bar,
     ):
         for generator in generators:
-            batches = missing_batches(generator, rows, done, args.batch_size, state)
+            batches = share(generator)
             first = next(batches, None)
             if first is None:  # all there: not even loaded
                 continue
@@ -351,56 +333,16 @@ def draw_usable(
     return columns
 
 
-def free_memory() -> None:
-    """Give back what the last model took, before the next one is loaded. Pipelines hold references in circles."""
-    import torch
+def encoded(columns: dict[str, list[Any]]) -> dict[str, list[Any]]:
+    """The columns of [`draw_usable`] as the parts keep them."""
+    from trl_diffusion_rank.data.images import as_png
 
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-class Writer:
-    """
-    Encodes and writes batches while the model draws the next ones, at most `WRITERS` of them at a time.
-
-    What was put is on disk when the context ends, also when it ends in an error. An error of its own is raised by the
-    next `put`, or at the end.
-    """
-
-    def __init__(self, parts: Parts):
-        self.parts = parts
-        self.pool = ThreadPoolExecutor(WRITERS)
-        self.waiting: deque[Future[None]] = deque()
-
-    def put(self, columns: dict[str, list[Any]]) -> None:
-        if len(self.waiting) == WRITERS:
-            self.waiting.popleft().result()
-        self.waiting.append(self.pool.submit(self.write, columns))
-
-    def write(self, columns: dict[str, list[Any]]) -> None:
-        images = columns["image"]
-        columns["width"] = [image and image.width for image in images]
-        columns["height"] = [image and image.height for image in images]
-        columns["image"] = [image and {"bytes": encode(image), "path": None} for image in images]
-        self.parts.write(columns)
-
-    def __enter__(self) -> Writer:
-        return self
-
-    def __exit__(self, kind: type | None, *_: object) -> None:
-        self.pool.shutdown()
-        if kind is None:
-            for future in self.waiting:
-                future.result()
-
-
-def encode(image: Image) -> bytes:
-    """PNG, because JPEG eats small images and discriminators learn to see it. Level 1 takes a third of the default's
-    time and a tenth more bytes."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG", compress_level=1)
-    return buffer.getvalue()
+    images = columns["image"]
+    return columns | {
+        "width": [image and image.width for image in images],
+        "height": [image and image.height for image in images],
+        "image": [image and as_png(image) for image in images],
+    }
 
 
 # What is left behind ---------------------------------------------------
@@ -535,7 +477,6 @@ def save_lists(
     from datasets import Features, Image, List, Value
 
     from trl_diffusion_rank.data.artefact import Card
-    from trl_diffusion_rank.versions import package_versions
 
     draws = [draw for generator in generators for draw in generator.draws]
     found = parts.scan()
@@ -578,7 +519,6 @@ def save_lists(
             ],
             "dataset_fingerprint": fingerprint,
         },
-        versions=package_versions(),
         tags=["text-to-image"],
     )
     summary = Summary()

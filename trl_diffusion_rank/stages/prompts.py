@@ -33,7 +33,16 @@ from itertools import chain, islice, tee
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trl_diffusion_rank.data.prompts import Candidate, Filters, TokenLimit, candidates, split_order, split_prompts
+from trl_diffusion_rank.data.prompts import (
+    Candidate,
+    Filters,
+    TokenLimit,
+    candidates,
+    check_column,
+    prompt_column,
+    split_order,
+    split_prompts,
+)
 from trl_diffusion_rank.stages._common import (
     PublishingOptions,
     check_at_least,
@@ -58,8 +67,6 @@ if TYPE_CHECKING:
 HELP = "collect prompts and split them into train and test"
 INPUTS: dict[str, str] = {}
 
-# Columns of the prompts in the datasets that we know
-PROMPT_COLUMNS = ("prompt", "caption", "text")
 # What is written, and what rates the images of a list
 OWN_COLUMNS, RATINGS = ("prompt", "row", "image", "images"), ("ranks", "scores", "psi")
 # Options that say nothing where prompts are drawn instead of read
@@ -88,7 +95,7 @@ class PromptsArguments(PublishingOptions):
             Read the dataset from its beginning only as far as needed for `num_prompts` and `num_test_prompts`. For
             datasets that are too large to download, or carry images beside their captions.
         prompt_column (`str`, *optional*):
-            Column of the prompts; by default the first of `prompt`, `caption` and `text` that there is.
+            Column of the prompts; by default the first of `prompt`, `Prompt`, `caption` and `text` that there is.
         keep_columns (`list[str]`, *optional*):
             Other columns to keep, a category say.
         num_prompts (`int`, *optional*):
@@ -242,7 +249,9 @@ def main(args: PromptsArguments) -> None:
 def draw(args: PromptsArguments, options: dict[str, Any], features: Features) -> None:
     """Prompts of the embedded world, with a clean scan of what they ask for where images are wanted."""
     from datasets import Image
+    from PIL.Image import fromarray
 
+    from trl_diffusion_rank.data.images import as_png
     from trl_diffusion_rank.digits.data import make_clean_images, make_prompts
 
     if (artefact := unfinished(args, options)) is None:
@@ -252,7 +261,7 @@ def draw(args: PromptsArguments, options: dict[str, Any], features: Features) ->
     if args.keep_images:
         features["image"] = Image()
         columns = ["image"]
-        images = [png(image) for image in make_clean_images(prompts, seed=args.seed)]
+        images = [as_png(fromarray(image)) for image in make_clean_images(prompts, seed=args.seed)]
     drawn = [
         Candidate(index, prompt, prompt, {"image": images[index]} if columns else {})
         for index, prompt in enumerate(prompts)
@@ -262,27 +271,18 @@ def draw(args: PromptsArguments, options: dict[str, Any], features: Features) ->
     save(artefact, args, splits, features)
 
 
-def png(image: np.ndarray) -> dict[str, Any]:
-    """Pixels (H, W, 3) as a dataset stores an image."""
-    import io
-
-    from PIL import Image
-
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "PNG", compress_level=1)  # as `generate` writes its own
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
 def collect(args: PromptsArguments, options: dict[str, Any], features: Features) -> None:
     """Prompts of a dataset, from its rows to the artefact."""
     from datasets import Features, Image, List, Value
 
+    from trl_diffusion_rank.data.artefact import public
     from trl_diffusion_rank.data.loading import load_rows, stream_columns, undecoded
     from trl_diffusion_rank.data.ranked_rows import IMAGES, merge_votes, read_votes
 
     rows = undecoded(load_rows(args.dataset_name, args.dataset_split, args.dataset_config, streaming=args.streaming))
     names = rows.column_names or list(next(iter(rows), {}))  # a stream may not know them before its first row
-    column, source = prompt_column(args, names), image_source(args, names, rows.features)
+    column = prompt_column(args.prompt_column, names, args.dataset_name)
+    source = image_source(args, names, rows.features)
     check_kept_columns(args, names, rows.features)
     limits = args.filters.columns(names, with_images=source in ("image", "url"))
     if (artefact := unfinished(args, options | {"input": fingerprint(args, rows)})) is None:
@@ -314,7 +314,7 @@ def collect(args: PromptsArguments, options: dict[str, Any], features: Features)
     else:
         chosen = list(islice(found, args.needed) if args.streaming else found)
     if cut := counts.pop("cut", 0):
-        summary["Cut"] = f"{cut} prompts were cut to what the text encoder of `{args.tokenizer}` reads."
+        summary["Cut"] = f"{cut} prompts were cut to what the text encoder of `{public(args.tokenizer)}` reads."
     if counts:
         summary["Left out"] = f"Left out: {_listed(counts)}."
     summary = {heading: text for heading, text in summary.items() if text}
@@ -373,12 +373,11 @@ def save(
     features: Features,
     sections: dict[str, str] | None = None,
 ) -> None:
-    from trl_diffusion_rank.data.artefact import Card
-    from trl_diffusion_rank.versions import package_versions
+    from trl_diffusion_rank.data.artefact import Card, public
 
     card = Card(
         title="Prompts",
-        text=f"Prompts from `{args.dataset_name}`, to train on and to evaluate on.",
+        text=f"Prompts from `{public(args.dataset_name)}`, to train on and to evaluate on.",
         columns={
             "row": "number over both splits, part of the seeds of images",
             "image": "of the dataset, as its bytes came",
@@ -388,7 +387,6 @@ def save(
         },
         stage="prompts",
         options=asdict(args),
-        versions=package_versions(),
         sections=sections or {},
         tags=["text-to-image"],
     )
@@ -398,22 +396,6 @@ def save(
 
 
 # what is read ----------------------------------------------------------
-
-
-def prompt_column(args: PromptsArguments, names: list[str]) -> str:
-    """The column of the prompts, named or known."""
-    if args.dataset_name.endswith(".txt"):
-        return "text"  # a text file has no header; `datasets` calls its only column so
-    if args.prompt_column is not None:
-        _check_column("prompt_column", args.prompt_column, args, names)
-        return args.prompt_column
-    known = [name for name in PROMPT_COLUMNS if name in names]
-    if not known:
-        raise ValueError(
-            f"{args.dataset_name!r} has none of the columns {', '.join(PROMPT_COLUMNS)}: say with `prompt_column` "
-            f"which of its columns holds the prompts: {', '.join(names)}."
-        )
-    return known[0]
 
 
 def image_source(args: PromptsArguments, names: list[str], features: Features | None) -> str | None:
@@ -466,7 +448,7 @@ def image_source(args: PromptsArguments, names: list[str], features: Features | 
 
 def check_kept_columns(args: PromptsArguments, names: list[str], features: Features | None) -> None:
     for name in args.keep_columns or []:
-        _check_column("keep_columns", name, args, names)
+        check_column("keep_columns", name, names, args.dataset_name)
         if name in (*OWN_COLUMNS, *RATINGS):
             raise ValueError(
                 f"`keep_columns` has {name!r}, a name that the stage itself writes. Leave it out, or rename that "
@@ -477,14 +459,6 @@ def check_kept_columns(args: PromptsArguments, names: list[str], features: Featu
                 f"`keep_columns` has {name!r}, whose values are as large as images: all of them would be in memory. "
                 "Images are kept by `keep_images`."
             )
-
-
-def _check_column(option: str, name: str, args: PromptsArguments, names: list[str]) -> None:
-    if name not in names:
-        raise ValueError(
-            f"`{option}` is {name!r}, and {args.dataset_name!r} has no such column; its columns are "
-            f"{', '.join(names)}."
-        )
 
 
 def _holds_images(feature: Any, in_lists: bool = False) -> bool:

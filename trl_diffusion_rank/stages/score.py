@@ -332,7 +332,6 @@ def main(args: ScoreArguments) -> None:
     from trl_diffusion_rank.data.loading import load_splits, undecoded
     from trl_diffusion_rank.data.parts import missing_batches
     from trl_diffusion_rank.data.ranked_rows import dense_ranks
-    from trl_diffusion_rank.versions import package_versions
 
     state = process_state()
     splits = {split: undecoded(data) for split, data in load_splits(args.dataset_name).items()}
@@ -423,7 +422,6 @@ def main(args: ScoreArguments) -> None:
         },
         stage="score",
         options=asdict(args),
-        versions=package_versions(),
         sections=sections,
         tags=["preference", "text-to-image"],
     )

@@ -11,16 +11,12 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderTiny
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
 
 from trl_diffusion_rank.diffusion.draws import draw_captions, stable_seed
 from trl_diffusion_rank.diffusion.families.base import Family
 from trl_diffusion_rank.diffusion.families.flow import FlowMatchingFamily
-from trl_diffusion_rank.discriminator import (
-    AestheticDiscriminator,
-    AestheticDiscriminatorConfig,
-    AestheticDiscriminatorProcessor,
-)
+from trl_diffusion_rank.discriminator import AestheticDiscriminator, AestheticDiscriminatorProcessor
+from trl_diffusion_rank.discriminator.configuration import check_is_discriminator
 from trl_diffusion_rank.objectives.adversarial import (
     adaptive_ratio,
     discriminator_loss,
@@ -366,19 +362,14 @@ class AdversarialTerm:
 def load_discriminator(name: str) -> tuple[AestheticDiscriminator, AestheticDiscriminatorProcessor]:
     """The discriminator in float32 and its processor, by folder or Hub id."""
     try:
-        model_type = PreTrainedConfig.get_config_dict(name)[0].get("model_type")
-        if model_type == AestheticDiscriminatorConfig.model_type:
-            model = AestheticDiscriminator.from_pretrained(name, dtype=torch.float32)
-            return model, AestheticDiscriminatorProcessor.from_pretrained(name)
+        check_is_discriminator(name, f"`adversarial_discriminator={name!r}`")
+        model = AestheticDiscriminator.from_pretrained(name, dtype=torch.float32)
+        return model, AestheticDiscriminatorProcessor.from_pretrained(name)
     except OSError as error:
         raise ValueError(
             f"`adversarial_discriminator={name!r}` can't be loaded: {str(error).strip().splitlines()[0]} Give the "
             "folder or Hub id of an aesthetic discriminator with its processor."
         ) from error
-    raise ValueError(
-        f"`adversarial_discriminator={name!r}` is of the type {model_type!r}, not an aesthetic discriminator. Give "
-        "the folder or Hub id of one that was trained with this package."
-    )
 
 
 def noise_limit(
