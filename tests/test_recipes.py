@@ -66,7 +66,7 @@ def test_small_digits_run_without_a_reference(tmp_path):
     run = ["run", "--recipe", str(RECIPES / "digits_cpo_rank4.yaml"), "--output_dir", str(tmp_path / "run")]
     assert main([*run, *SMALL_CPO]) == 0
     record = json.loads((tmp_path / "run/evaluate/stage.json").read_text())
-    assert record["inputs"]["adapter"]["stage"] == "cpo"
+    assert record["inputs"]["adapters"]["stage"] == ["cpo"]
     assert main([*run, *SMALL_CPO, "--cpo.normalize_error", "true"]) == 0
     assert (tmp_path / "run/cpo/checkpoint-2/error_scale.pt").is_file()
 

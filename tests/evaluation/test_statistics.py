@@ -4,14 +4,16 @@ from scipy import stats
 from scipy.linalg import sqrtm
 
 from trl_diffusion_rank.evaluation.statistics import (
+    FrechetReference,
     bootstrap_interval,
     cohens_dz,
     cohens_h,
     diversity,
     frechet_distance,
-    frechet_interval,
     group_diversity,
+    percentile_interval,
     resample_indices,
+    resampled_means,
     sign_test,
     win_rate,
 )
@@ -36,6 +38,7 @@ def test_cohens_dz_is_the_paired_t_over_the_root_of_n():
 
 
 def test_cohens_dz_without_variation():
+    assert cohens_dz(np.ones(1), np.ones(1)) == 0
     assert cohens_dz(np.ones(3), np.ones(3)) == 0
     assert cohens_dz(np.ones(3), np.zeros(3)) == np.inf
     assert cohens_dz(np.zeros(3), np.ones(3)) == -np.inf
@@ -76,6 +79,37 @@ def test_clusters_of_one_are_no_clusters():
     plain = resample_indices(6, None, num_resamples=4, seed=1)
     clustered = resample_indices(6, np.arange(6), num_resamples=4, seed=1)
     assert all((a == b).all() for a, b in zip(plain, clustered, strict=True))
+
+
+def test_means_are_those_of_the_resampled_members():
+    rng = np.random.default_rng(0)
+    values, clusters = rng.normal(size=(40, 3)), rng.integers(12, size=40)
+    for given in (None, clusters, np.arange(40)):
+        expected = [values[index].mean(axis=0) for index in resample_indices(40, given, num_resamples=30, seed=5)]
+        assert resampled_means(values, given, num_resamples=30, seed=5) == pytest.approx(np.array(expected))
+
+
+def test_interval_of_a_clustered_mean_agrees_with_scipy():
+    """Clusters of one size: their resampling is that of their means."""
+    rng = np.random.default_rng(4)
+    prompts = np.repeat(np.arange(70), 3)
+    values = rng.normal(size=70)[prompts] + 0.2 * rng.normal(size=210)
+    theirs = stats.bootstrap(
+        (values.reshape(70, 3).mean(axis=1),), np.mean, n_resamples=4000, method="percentile", rng=rng
+    ).confidence_interval
+    ours = percentile_interval(resampled_means(values[:, None], prompts, num_resamples=4000)[:, 0])
+    assert ours == pytest.approx(tuple(theirs), abs=0.02)
+    # ... and as far from the t interval as a percentile bootstrap of 70 is
+    t = stats.ttest_1samp(values.reshape(70, 3).mean(axis=1), 0).confidence_interval(0.95)
+    assert ours == pytest.approx(tuple(t), abs=0.03)
+
+
+def test_the_difference_that_the_sign_test_sees_is_seen_by_wilcoxon_too():
+    rng = np.random.default_rng(0)
+    base = rng.normal(size=60)
+    tuned = base + rng.normal(0.5, 0.7, size=60)
+    assert sign_test(tuned, base) == stats.binomtest(int((tuned > base).sum()), 60).pvalue < 0.01
+    assert stats.wilcoxon(tuned, base).pvalue < 0.01 < min(sign_test(base, base), sign_test(-base, base))
 
 
 def test_repeated_images_of_a_prompt_are_no_evidence():
@@ -144,29 +178,42 @@ def test_frechet_distance_refuses_other_shapes():
         frechet_distance(np.ones((4, 2)), np.ones((1, 2)))
 
 
-def test_frechet_interval_holds_the_distance():
+def test_frechet_distance_of_many_samples_is_that_of_few():
+    """Fewer samples than features take the other product, whose eigenvalues are the same but for zeros."""
+    rng = np.random.default_rng(3)
+    reference, features = rng.normal(size=(40, 6)), rng.normal(size=(5, 6)) * 2
+    covariance, ref_covariance = np.cov(features, rowvar=False), np.cov(reference, rowvar=False)
+    cross = 2 * sqrtm(covariance @ ref_covariance).real
+    expected = ((features.mean(0) - reference.mean(0)) ** 2).sum() + np.trace(covariance + ref_covariance - cross)
+    assert frechet_distance(features, reference) == pytest.approx(expected, abs=1e-6)
+
+
+def test_resampled_frechet_distances_hold_the_distance():
     rng = np.random.default_rng(0)
-    reference = rng.normal(size=(200, 4))
+    reference = FrechetReference(rng.normal(size=(200, 4)))
     features = rng.normal(size=(150, 4)) + 1
-    low, high = frechet_interval(features, reference)
-    assert 0 < low < frechet_distance(features, reference) < high
+    resampled = reference.resampled(features)
+    assert resampled.mean() == pytest.approx(reference.distance(features))  # without the bias of resampling
+    low, high = percentile_interval(resampled)
+    assert 0 < low < reference.distance(features) < high
 
 
-def test_frechet_interval_of_a_difference():
+def test_resampled_frechet_distances_of_pairs():
     rng = np.random.default_rng(0)
-    reference = rng.normal(size=(200, 4))
+    reference = FrechetReference(rng.normal(size=(200, 4)))
     near, far = rng.normal(size=(150, 4)) + 0.3, rng.normal(size=(150, 4)) + 1
-    low, high = frechet_interval(near, reference, minus=far)
-    assert low < frechet_distance(near, reference) - frechet_distance(far, reference) < high < 0
+    low, high = percentile_interval(reference.resampled(near) - reference.resampled(far))
+    assert low < reference.distance(near) - reference.distance(far) < high < 0
 
 
 def test_frechet_interval_of_a_null_comparison_covers_no_change():
     covered = 0
     for repetition in range(100):
         rng = np.random.default_rng(repetition)
-        reference = rng.normal(size=(200, 3))
+        reference = FrechetReference(rng.normal(size=(200, 3)))
         a, b = rng.normal(size=(2, 100, 3)) + 0.5
-        low, high = frechet_interval(a, reference, minus=b, num_resamples=200, seed=repetition)
+        ours, theirs = (reference.resampled(x, num_resamples=200, seed=repetition) for x in (a, b))
+        low, high = percentile_interval(ours - theirs)
         covered += low <= 0 <= high
     assert 89 <= covered <= 99
 
