@@ -89,6 +89,21 @@ def test_load_tuned_loads_a_lora(pipe, tmp_path):
     assert np.abs(after - inside).max() <= 1 and np.abs(after - before).max() > 1
 
 
+def test_a_loaded_lora_draws_without_its_dropout(pipe, tmp_path):
+    lora = LoraConfig(r=2, lora_alpha=8, target_modules=["to_q"], init_lora_weights=False, lora_dropout=0.5)
+    pipe.unet.add_adapter(lora)
+    pipe.save_lora_weights(
+        tmp_path,
+        unet_lora_layers=get_peft_model_state_dict(pipe.unet),
+        unet_lora_adapter_metadata=pipe.unet.peft_config["default"].to_dict(),
+    )
+    pipe.unet.delete_adapters("default")
+    pipe.to(torch.bfloat16)  # in float32 it would be fused
+    load_tuned(pipe, str(tmp_path))
+    assert pipe.get_list_adapters() == {"unet": ["lora"]}
+    assert (sample(pipe, ["a cat"], [1])[0] == sample(pipe, ["a cat"], [1])[0]).all()
+
+
 def test_load_tuned_loads_full_weights(pipe, tmp_path):
     before = sample(pipe, ["a cat"], [1])[0]
     original = {name: parameter.clone() for name, parameter in pipe.unet.state_dict().items()}
@@ -103,7 +118,7 @@ def test_load_tuned_loads_full_weights(pipe, tmp_path):
 
 
 def test_load_tuned_refuses_a_folder_without_weights(pipe, tmp_path):
-    with pytest.raises(ValueError, match=r"`adapter` is .* no weights could be loaded"):
+    with pytest.raises(ValueError, match=r"`adapters` is .* no weights could be loaded"):
         load_tuned(pipe, str(tmp_path))
 
 
@@ -112,5 +127,5 @@ def test_load_tuned_refuses_a_lora_of_another_model(pipe, tmp_path):
 
     weights = {"unet.elsewhere.lora_A.weight": torch.ones(2, 3), "unet.elsewhere.lora_B.weight": torch.ones(3, 2)}
     save_file(weights, tmp_path / "pytorch_lora_weights.safetensors")
-    with pytest.raises(ValueError, match="`adapter` is"):
+    with pytest.raises(ValueError, match="`adapters` is"):
         load_tuned(pipe, str(tmp_path))

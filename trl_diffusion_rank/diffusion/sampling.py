@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers.utils import logging as diffusers_logging
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from tqdm import tqdm
 
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
+
+    from trl_diffusion_rank.diffusion.families.base import Family
 
 
 def sample_images(
@@ -117,6 +122,95 @@ def draw_batch(
     return output.images, [bool(flag) for flag in flags] if flags else [False] * len(prompts)
 
 
+class TrainingSampler:
+    """
+    Images of fixed prompts from a denoiser in training, by the stock pipeline around it.
+
+    The prompts are encoded here, once: afterwards the text encoders may leave memory. The denoiser is the one that is
+    trained, with its LoRA as it is at each call; the scheduler is a copy of the pipeline's own. The VAE comes to the
+    denoiser's device for decoding, and goes back to where it was.
+
+    Args:
+        family ([`Family`]): with its pipeline, whose other components are left alone.
+        denoiser (`torch.nn.Module`): on the device that draws, when it comes to that.
+        prompts (`list[str]`): P prompts.
+        resolution (`int`): side of the images in pixels.
+        num_inference_steps (`int`): denoising steps.
+        guidance_scale (`float`, *optional*): classifier-free guidance; the pipeline's own default when unset.
+        encode_batch_size (`int`, *optional*, defaults to `16`): prompts in one pass of the text encoders.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        family: Family,
+        denoiser: nn.Module,
+        prompts: list[str],
+        *,
+        resolution: int,
+        num_inference_steps: int,
+        guidance_scale: float | None = None,
+        encode_batch_size: int = 16,
+    ):
+        pipeline = family.pipeline
+        self.denoiser = denoiser
+        self.options: dict[str, Any] = {
+            "num_inference_steps": num_inference_steps,
+            "height": resolution,
+            "width": resolution,
+            **({} if guidance_scale is None else {"guidance_scale": guidance_scale}),
+        }
+        starts = range(0, len(prompts), encode_batch_size)
+        batches = [family.encode_prompts(prompts[start : start + encode_batch_size]) for start in starts]
+        self._embeddings = {name: torch.cat([batch[name] for batch in batches]).cpu() for name in batches[0]}
+        unconditional = family.encode_unconditional()  # {name: (1, ...)}
+        self._unconditional = {name: tensor.cpu() for name, tensor in unconditional.items()}
+
+        # Without the VAE and the text encoders: a pipeline works on the device of the first module that it finds
+        self.pipe = copy.copy(pipeline)
+        modules = {name: None for name, component in pipeline.components.items() if isinstance(component, nn.Module)}
+        modules[family.denoiser_name] = denoiser
+        self.pipe.register_modules(**modules, scheduler=copy.deepcopy(pipeline.scheduler))
+        self.pipe.set_progress_bar_config(disable=True)
+        self.family = copy.copy(family)
+        self.family.pipeline = SimpleNamespace(vae=pipeline.vae)  # all that `decode` asks it for
+
+    @torch.no_grad()
+    def draw(self, positions: list[int], seeds: list[int]) -> list[Image]:
+        """One batch: N images of the prompts at `positions`, each from its own seed. What isn't finite is black."""
+        latents = self.pipe(
+            **self._conditioning(positions),
+            **self.options,
+            generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
+            output_type="latent",
+        ).images
+        latents = self.family.sampled_latents(latents, self.options["height"])  # (N, C, h, w)
+        pixels = torch.nan_to_num(self._decode(latents).float().cpu(), nan=-1.0)
+        return self.pipe.image_processor.postprocess(pixels, output_type="pil")
+
+    def _conditioning(self, positions: list[int]) -> dict[str, Tensor]:
+        """The pipeline's arguments in the place of prompts, and of no negative ones, {name: (N, ...)}."""
+        like = {"device": self.denoiser.device, "dtype": self.denoiser.dtype}
+        embeddings = {name: tensor[positions].to(**like) for name, tensor in self._embeddings.items()}
+        for name, tensor in self._unconditional.items():
+            embeddings[f"negative_{name}"] = tensor.to(**like).expand(len(positions), *tensor.shape[1:])
+        return embeddings
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        vae = self.family.pipeline.vae
+        home, is_half = vae.device, vae.dtype == torch.float16
+        vae.to(latents.device)
+        try:
+            if is_half:
+                vae.to(torch.float32)  # SDXL's overflows in float16
+            with torch.autocast(latents.device.type, enabled=False):  # the VAE's own dtype says how it is to run
+                return self.family.decode(latents)
+        finally:
+            if is_half:
+                vae.to(torch.float16)
+            vae.to(home)
+
+
 def is_black(image: Image) -> bool:
     """Whether an image is black throughout: what a pipeline returns for NaN latents or a raised safety flag."""
     return image.convert("L").getextrema() == (0, 0)
@@ -136,7 +230,7 @@ def load_tuned(pipe: DiffusionPipeline, adapter: str) -> None:
             tuned = type(denoiser).from_pretrained(adapter, subfolder=component, dtype=denoiser.dtype)
             pipe.register_modules(**{component: tuned.to(denoiser.device)})
             return
-    add_lora(pipe, adapter, "`adapter`", hint=" or full weights in unet/ or transformer/")
+    add_lora(pipe, adapter, "An entry of `adapters`", hint=" or full weights in unet/ or transformer/")
 
 
 def add_lora(
@@ -165,7 +259,11 @@ def add_lora(
     if pipe.dtype == torch.float32:
         pipe.fuse_lora(lora_scale=weight)
         pipe.unload_lora_weights()
-    elif weight != 1.0:
+        return
+    for component in pipe.components.values():
+        if isinstance(component, nn.Module):
+            component.eval()  # diffusers leaves a LoRA's own dropout on
+    if weight != 1.0:
         pipe.set_adapters("lora", weight)
 
 

@@ -1,12 +1,21 @@
 """What the trainers do around the optimizer's step."""
 
+import json
+import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from trl_diffusion_rank.files import replace_file
+
+
+logger = logging.getLogger(__name__)
 
 
 class SkipNonFiniteSteps(TrainerCallback):
@@ -116,6 +125,53 @@ class MovingAverage(TrainerCallback):
                 "Resume without `ema_decay`, or start anew."
             )
         self.weights = torch.load(path, map_location="cpu", weights_only=True)["weights"]
+
+
+class LogHistory(TrainerCallback):
+    """
+    Keeps `state.log_history` in the output folder while training goes on, as `log_history.jsonl`: one JSON object a
+    line, what isn't finite as null.
+
+    Only the main process writes. A resumed run begins the file again with what its checkpoint knows. A line that can't
+    be written is warned of, and comes with the next.
+    """
+
+    FILE = "log_history.jsonl"
+
+    def __init__(self):
+        self._began = False
+        self._is_whole = False
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        self._began, self._is_whole = True, False
+        self._write(args, state)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs) -> None:
+        if self._began:  # an evaluation without training leaves the file of an earlier run alone
+            self._write(args, state)
+
+    def _write(self, args: TrainingArguments, state: TrainerState) -> None:
+        if not state.is_world_process_zero:
+            return
+        path = Path(args.output_dir) / self.FILE
+        try:
+            if self._is_whole:
+                self._is_whole = False
+                with path.open("a") as file:
+                    file.write(_json_line(state.log_history[-1]))
+            else:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                replace_file(path, "".join(map(_json_line, state.log_history)))
+            self._is_whole = True
+        except OSError as error:
+            logger.warning(f"`{path}` can't be written, training goes on: {error}")
+
+
+def _json_line(entry: dict[str, Any]) -> str:
+    finite = {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in entry.items()
+    }
+    return json.dumps(finite) + "\n"
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from trl_diffusion_rank.diffusion.timesteps import allowed_timesteps
 from trl_diffusion_rank.diffusion.weighting import TIMESTEP_WEIGHTINGS
+from trl_diffusion_rank.trainers.publishing import without_token
 
 
 # Options of TrainingArguments that speak of tokens. Setting one is an error: ignored, it would mislead.
@@ -31,16 +32,24 @@ _ADVERSARIAL_MODES_OF = {  # in which modes an option does something
     "discriminator_trainable_layers": ("joint",),
     "adversarial_regularization": ("joint",),
 }
+_OF_SAMPLES = ("sample_prompts", "samples_per_prompt", "sample_inference_steps", "sample_guidance_scale")
 
 
-def refuse_meaningless(options: Any, config_class: type, reasons: dict[str, str]) -> None:
-    """Raise `ValueError` for an option, a key of `reasons`, that was set to something else than its default."""
+def refuse_meaningless(
+    options: Any, config_class: type, reasons: dict[str, str], kind: str = "a diffusion model"
+) -> None:
+    """
+    Raise `ValueError` for an option, a key of `reasons`, that was set to something else than its default.
+
+    Args:
+        kind (`str`): what the option has no meaning for.
+    """
     defaults = {option.name: option.default for option in fields(config_class)}
     off = {"include_num_input_tokens_seen": ("no", False)}  # both mean off
     for option, reason in {**_MEANINGLESS, **reasons}.items():
         value = getattr(options, option)
         if value != defaults[option] and value not in off.get(option, ()):
-            raise ValueError(f"`{option}={value!r}` has no meaning for a diffusion model: {reason}. Leave it out.")
+            raise ValueError(f"`{option}={value!r}` has no meaning for {kind}: {reason}. Leave it out.")
 
 
 @dataclass
@@ -114,6 +123,22 @@ class DiffusionOptions:
         adversarial_regularization (`float`, *optional*, defaults to `100.0`):
             Weight of `||D(x) - D(x + 0.01 n)||^2` in its loss (https://huggingface.co/papers/2501.08316).
 
+        > Parameters that control the samples drawn during training
+
+        sample_steps (`int`, *optional*):
+            Draw a grid of images of fixed prompts and seeds every so many steps, before the first step and at the end:
+            `samples/step-000100.png` in the output folder, and to the trackers of `report_to`. What is drawn with is
+            what would be saved, so the moving average with `ema_decay`. Off when unset.
+        sample_prompts (`list[str]`, *optional*):
+            Prompts of the grid, a column each. Defaults to the first four of the eval dataset, else of the train
+            dataset.
+        samples_per_prompt (`int`, *optional*, defaults to `1`):
+            Rows of the grid.
+        sample_inference_steps (`int`, *optional*, defaults to `20`):
+            Denoising steps of an image.
+        sample_guidance_scale (`float`, *optional*):
+            Classifier-free guidance; the pipeline's own default when unset.
+
         > Parameters that control the data
 
         resolution (`int`, *optional*):
@@ -129,6 +154,8 @@ class DiffusionOptions:
     """
 
     # Parameters that guard against collapse
+    __getstate__ = without_token
+
     preserve_mu: float | None = field(
         default=None,
         metadata={
@@ -237,6 +264,27 @@ class DiffusionOptions:
         default=100.0, metadata={"help": "Weight of ||D(x) - D(x + 0.01 n)||^2 in the `joint` discriminator's loss."}
     )
 
+    # Parameters that control the samples drawn during training
+    sample_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Draw a grid of images of fixed prompts and seeds every so many steps, before the first and at "
+            "the end, to the folder `samples` and to the trackers of `report_to`. Off when unset."
+        },
+    )
+    sample_prompts: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Prompts of the grid. Defaults to the first four of the eval dataset, else of the train dataset."
+        },
+    )
+    samples_per_prompt: int = field(default=1, metadata={"help": "Images of each prompt in the grid."})
+    sample_inference_steps: int = field(default=20, metadata={"help": "Denoising steps of an image of the grid."})
+    sample_guidance_scale: float | None = field(
+        default=None,
+        metadata={"help": "Classifier-free guidance of the grid's images; the pipeline's own default when unset."},
+    )
+
     # Parameters that control the data
     resolution: int | None = field(
         default=None,
@@ -283,6 +331,7 @@ class DiffusionOptions:
         if self.on_bad_row not in ("error", "skip"):
             raise ValueError(f"`on_bad_row` must be 'error' or 'skip', got {self.on_bad_row!r}.")
         DiffusionOptions._check_adversarial_options(self)
+        DiffusionOptions._check_sample_options(self)
         # What can be said of the grid without the model; the trainer knows how long its schedule is
         allowed_timesteps(self.timestep_sampling or "uniform", self.timesteps, num_train_timesteps=10**9)
 
@@ -318,3 +367,20 @@ class DiffusionOptions:
                 f"`adversarial_max_noise` must be in (0, 500], got {self.adversarial_max_noise}: it is sigma / alpha, "
                 "and beyond there is no signal that an estimate could be made of."
             )
+
+    def _check_sample_options(self) -> None:
+        for option in _OF_SAMPLES:
+            default = DiffusionOptions.__dataclass_fields__[option].default
+            if self.sample_steps is None and getattr(self, option) != default:
+                raise ValueError(
+                    f"`{option}={getattr(self, option)!r}` does nothing without `sample_steps`, which says how often "
+                    "samples are drawn. Set `sample_steps`, or leave it out."
+                )
+        for option in ("sample_steps", "samples_per_prompt", "sample_inference_steps"):
+            value = getattr(self, option)
+            if value is not None and value < 1:
+                raise ValueError(f"`{option}` must be at least 1, got {value}.")
+        if self.sample_prompts is not None and not self.sample_prompts:
+            raise ValueError("`sample_prompts` is empty. Name at least one, or leave it out for the dataset's first.")
+        if self.sample_guidance_scale is not None and not self.sample_guidance_scale >= 0:
+            raise ValueError(f"`sample_guidance_scale` must be at least 0, got {self.sample_guidance_scale}.")

@@ -305,16 +305,24 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
 
     # Adds the watch for displacement
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        means = {}
+        if self.model.training:  # what TRL is about to add, which has to be known before the entry is written
+            means = {name: sum(values) / len(values) for name, values in self._metrics["train"].items()}
+        if self._is_displaced({**logs, **means}):
+            logs["displacement"] = 1.0
         super().log(logs, start_time)
+
+    def _is_displaced(self, logs: dict[str, float]) -> bool:
+        """Whether displacement is seen with these logs for the first time, which is warned of, or ends training."""
         if "error/chosen_delta" not in logs:
-            return
+            return False
         chosen_rise = logs["error/chosen_delta"] / (logs["error/chosen"] - logs["error/chosen_delta"])
         if self.args.stop_on_displacement and (chosen_rise <= TOLERANCE or self._good_weights is None):
             self._good_step = self.state.global_step
             self._good_weights = [p.detach().to("cpu", copy=True) for p in self.model.parameters() if p.requires_grad]
         displaced = self._displacement.update(chosen_rise, logs["error/rejected_delta"])
         if not displaced or self._displaced_at is not None:
-            return
+            return False
         self._displaced_at = self.state.global_step
         message = (
             f"Displacement at step {self.state.global_step}: over the last {self._displacement.patience} logs the "
@@ -336,3 +344,4 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
                 f"{self.args.learning_rate:g}), raise `beta` (now {self.beta:g}), or hold the best images with "
                 "`preserve_mu`, `sft_weight` or `dpop_lambda`; `stop_on_displacement` stops by itself."
             )
+        return True

@@ -132,6 +132,10 @@ class Family(ABC):
         mean, std = self._latent_statistics(latents)
         return vae.decode((latents / vae.config.scaling_factor * std + mean).to(vae.dtype)).sample
 
+    def sampled_latents(self, latents: Tensor, resolution: int) -> Tensor:
+        """What the stock pipeline gives with `output_type="latent"`, as `decode` takes it: (N, C, h, w)."""
+        return latents
+
     def _latent_statistics(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Per-channel mean and standard deviation (1, C, 1, 1) that the VAE's config asks for, else 0 and 1."""
         config = self._require_pipeline().vae.config

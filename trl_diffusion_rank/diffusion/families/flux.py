@@ -65,6 +65,9 @@ class FluxFamily(FlowMatchingFamily):
         )[0]
         return FluxPipeline._unpack_latents(prediction, height, width, vae_scale_factor=1)  # sizes are in latents
 
+    def sampled_latents(self, latents: Tensor, resolution: int) -> Tensor:
+        return FluxPipeline._unpack_latents(latents, resolution, resolution, self.vae_scale_factor)
+
     @staticmethod
     def input_layer(denoiser: nn.Module) -> nn.Module:
         return denoiser.x_embedder
