@@ -71,9 +71,13 @@ def make_trainer(output_dir, method="dpo", model=None, data=None, peft_config="l
 def loss_and_logs(trainer, batch=None):
     batch = first_batch(trainer) if batch is None else batch
     if isinstance(trainer, DiffusionCPOTrainer):
-        return trainer.get_batch_loss_metrics(trainer.model, batch)
+        trainer._stored_metrics["train"].clear()
+        loss, adversarial = trainer.get_batch_loss_metrics(trainer.model, batch)
+        trainer._read_metrics()
+        return loss, adversarial | {name: values[0] for name, values in trainer._stored_metrics["train"].items()}
     trainer._metrics["train"].clear()
     loss = trainer._compute_loss(trainer.model, batch, return_outputs=False)
+    trainer._read_metrics()
     return loss, {name: values[0] for name, values in trainer._metrics["train"].items()}
 
 

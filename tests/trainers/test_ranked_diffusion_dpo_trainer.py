@@ -188,6 +188,7 @@ def test_without_signal_every_margin_is_exactly_zero(tmp_path):
             torch.nn.init.normal_(parameter, std=0.1)
     loss = trainer._compute_loss(trainer.model, first_batch(trainer), return_outputs=False)
     gradients = torch.autograd.grad(loss, [p for p in trainer.model.parameters() if p.requires_grad])
+    trainer._read_metrics()
     metrics = trainer._metrics["train"]
     assert metrics["rewards/margins"] == [0.0]
     assert metrics["rewards/accuracies"] == [0.5]
@@ -441,6 +442,7 @@ def test_stop_on_displacement_gives_back_the_best_weights(tmp_path, monkeypatch,
 
     def pretend(mode, *args):
         store(mode, *args)
+        trainer._read_metrics()
         delta = next(deltas)
         trainer._metrics[mode]["error/chosen"] = [0.1 + delta]
         trainer._metrics[mode]["error/chosen_delta"] = [delta]
@@ -537,6 +539,7 @@ def test_own_reference_is_used(tmp_path):
         parameter.data.mul_(1.1)
     trainer = make_trainer(tmp_path, ref_model=reference)
     trainer._compute_loss(trainer.model, first_batch(trainer), return_outputs=False)
+    trainer._read_metrics()
     assert trainer._metrics["train"]["error/chosen_delta"][0] != 0
     assert not any(parameter.requires_grad for parameter in reference.parameters())
 

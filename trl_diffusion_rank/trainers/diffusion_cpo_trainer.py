@@ -194,10 +194,11 @@ class DiffusionCPOTrainer(DiffusionTrainerMixin, CPOTrainer):
         loss, adversarial = self._with_adversary(loss, answer, batch, train_eval)
         error = error.detach()
         cloning = {"nll_loss": anchor(error / scale, ranks, mask, self.beta)}
-        metrics = self._mean_metrics(error, -0.5 * self.beta * error / scale, ranks, mask, cloning)
-        metrics |= adversarial
-        prefix = "eval_" if train_eval == "eval" else ""
-        return loss, {f"{prefix}{name}": value for name, value in metrics.items()}
+        self._store_metrics(train_eval, error, -0.5 * self.beta * error / scale, ranks, mask, cloning)
+        return loss, adversarial  # which an evaluation leaves out
+
+    def _trls_metrics(self, mode: str, name: str) -> list[float]:
+        return self._stored_metrics[mode][f"eval_{name}" if mode == "eval" else name]
 
     def _scale(self, error: Tensor, timesteps: Tensor, mask: Tensor, mode: str) -> Tensor:
         """What errors (B, n) are divided by, from the timesteps (M,) of the images: 1 without `normalize_error`."""

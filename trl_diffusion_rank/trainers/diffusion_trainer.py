@@ -105,6 +105,9 @@ class DiffusionTrainerMixin(PublishingMixin):
             with torch.no_grad():
                 self._unconditional = self.family.encode_unconditional()
 
+        # Metrics of the steps since the last log: names, and a tensor that nobody has waited for yet
+        self._unread: dict[str, list[tuple[list[str], Tensor]]] = {"train": [], "eval": []}
+
         streaming = isinstance(train_dataset, IterableDataset)
         if streaming and args.cache_latents:
             raise ValueError(
@@ -366,21 +369,11 @@ class DiffusionTrainerMixin(PublishingMixin):
     # Logs
 
     def _store_metrics(
-        self, mode: str, error: Tensor, ref_error: Tensor, rewards: Tensor, ranks: Tensor, mask: Tensor
+        self, mode: str, error: Tensor, rewards: Tensor, ranks: Tensor, mask: Tensor, others: dict[str, Tensor]
     ) -> None:
-        """Means over the rows of all processes, under TRL's names, for the next log."""
-        chosen_delta, rejected_delta = monitors.chosen_and_rejected(error - ref_error, ranks, mask)
-        deltas = {"error/chosen_delta": chosen_delta, "error/rejected_delta": rejected_delta}
-        for name, value in self._mean_metrics(error, rewards, ranks, mask, deltas).items():
-            self._metrics[mode][name].append(value)
-
-    def _mean_metrics(
-        self, error: Tensor, rewards: Tensor, ranks: Tensor, mask: Tensor, others: dict[str, Tensor]
-    ) -> dict[str, float]:
         """
-        Means over the rows of all processes of what every trainer logs, under TRL's names, and of `others`, (B,) each.
-
-        Empty when no row counts: a row of ties, which a stream may hold, says nothing.
+        Means over the rows of all processes of what every trainer logs, under TRL's names, and of `others`, (B,) each,
+        for the next log. They stay on the device until then: to read them is to wait for it, in the middle of a step.
         """
         chosen_reward, rejected_reward = monitors.chosen_and_rejected(rewards, ranks, mask)
         chosen_error, rejected_error = monitors.chosen_and_rejected(error, ranks, mask)
@@ -400,11 +393,31 @@ class DiffusionTrainerMixin(PublishingMixin):
         counts = better_than(ranks, mask).flatten(1).any(1)
         values = torch.stack([counts.float(), *per_row.values()], dim=1)  # (B, 1 + metrics)
         values = self.accelerator.gather_for_metrics(values)
-        values = values[values[:, 0] > 0, 1:]
-        return dict(zip(per_row, values.mean(0).tolist(), strict=True)) if len(values) else {}
+        counts = values[:, :1]
+        sums = torch.where(counts > 0, values, 0.0).sum(0)
+        self._unread[mode].append((list(per_row), torch.cat([sums[:1], sums[1:] / sums[0]])))
 
-    # Adds the count of skipped steps
+    def _read_metrics(self) -> None:
+        """
+        The stored metrics to where TRL takes them from for its log. A step in which no row counts, all being ties,
+        which a stream may hold, says nothing.
+        """
+        for mode, steps in self._unread.items():
+            for names, values in steps:
+                count, *means = values.tolist()
+                for name, value in zip(names, means, strict=True) if count else ():
+                    self._trls_metrics(mode, name).append(value)
+            steps.clear()
+
+    def _trls_metrics(self, mode: str, name: str) -> list[float]:
+        """The list of a metric's values in which TRL's trainer collects them until its log."""
+        return self._metrics[mode][name]
+
+    # Adds the count of skipped steps and the memory that the accelerator needed
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._read_metrics()
+        if "loss" in logs and torch.cuda.is_available():
+            logs["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         if self._skipper.skipped and "loss" in logs:
             logs["skipped_steps"] = self._skipper.skipped
         super().log(logs, start_time)

@@ -22,6 +22,7 @@ from trl.trainer.utils import use_adapter
 
 from trl_diffusion_rank.diffusion.denoiser import DenoiserModel
 from trl_diffusion_rank.diffusion.draws import EVALUATION
+from trl_diffusion_rank.objectives import monitors
 from trl_diffusion_rank.objectives.ranking import ranking_loss
 from trl_diffusion_rank.objectives.safeguards import anchor, dpop
 from trl_diffusion_rank.trainers.adversarial import Answer
@@ -187,7 +188,9 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
         loss = self._preserving(loss_of, error, answer, ranks, mask)
         loss, adversarial = self._with_adversary(loss, answer, inputs, mode)
         rewards = -0.5 * self.beta * (error.detach() - ref_error)
-        self._store_metrics(mode, error.detach(), ref_error, rewards, ranks, mask)
+        chosen_delta, rejected_delta = monitors.chosen_and_rejected(error.detach() - ref_error, ranks, mask)
+        deltas = {"error/chosen_delta": chosen_delta, "error/rejected_delta": rejected_delta}
+        self._store_metrics(mode, error.detach(), rewards, ranks, mask, deltas)
         for name, value in adversarial.items():
             self._metrics[mode][name].append(value)
         return loss
