@@ -1,5 +1,6 @@
 """The denoiser as TRL's trainers want to see a model, and the error it makes."""
 
+import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
@@ -14,6 +15,23 @@ def denoising_error(prediction: Tensor, target: Tensor) -> Tensor:
     (https://huggingface.co/papers/2311.12908).
     """
     return (prediction.float() - target.float()).square().flatten(1).mean(1)
+
+
+def compile_blocks(model: nn.Module, names: list[str], **kwargs) -> None:
+    """
+    Compile every block of `model` whose class has one of `names`, in place: hooks and the weights' names stay.
+
+    As diffusers' `compile_repeated_blocks`, which SD3's transformer doesn't have. The blocks share their code, and so
+    its limit of compiled versions, 8 by default: SD 1.5 has blocks of four shapes, each asked with the adapter,
+    without it and without gradients. Beyond the limit nothing would be compiled any more.
+
+    Args:
+        kwargs: for `torch.compile`.
+    """
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for module in model.modules():
+        if type(module).__name__ in names:
+            module.compile(**kwargs)
 
 
 class DenoiserConfig(PreTrainedConfig):

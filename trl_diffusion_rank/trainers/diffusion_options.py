@@ -151,6 +151,16 @@ class DiffusionOptions:
             Images or prompts in one pass of an encoder.
         on_bad_row (`str`, *optional*, defaults to `"error"`):
             `error` stops at a row that breaks the contract or can't be decoded; `skip` leaves it out and counts it.
+
+        > Parameters that control the speed
+
+        channels_last (`bool`, *optional*, defaults to `False`):
+            Keep a UNet's convolutions and what they are given in the memory layout (N, H, W, C).
+
+    > [!NOTE]
+    > `torch_compile=True`, an option of [`~transformers.TrainingArguments`], compiles the blocks that the denoiser
+    > repeats, each by itself, and not the whole model: that takes a fraction of the time, and weights keep their
+    > names.
     """
 
     # Parameters that guard against collapse
@@ -309,6 +319,11 @@ class DiffusionOptions:
             "help": "What to do with a row that breaks the contract or can't be decoded.",
             "choices": ["error", "skip"],
         },
+    )
+
+    # Parameters that control the speed
+    channels_last: bool = field(
+        default=False, metadata={"help": "Keep a UNet's convolutions in the memory layout (N, H, W, C)."}
     )
 
     def check_shared_options(self) -> None:

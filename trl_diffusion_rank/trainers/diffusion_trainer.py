@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
+from accelerate.utils import DynamoBackend, is_peft_model
 from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
@@ -23,7 +23,7 @@ from trl_diffusion_rank.data.collator import EncodedRowCollator, RawRowCollator
 from trl_diffusion_rank.data.encoding import FORMAT_VERSION, encode_rows
 from trl_diffusion_rank.data.images import to_pixels
 from trl_diffusion_rank.data.ranked_rows import ROW_COLUMNS, check_rows, to_ranked
-from trl_diffusion_rank.diffusion.denoiser import DenoiserModel, denoising_error
+from trl_diffusion_rank.diffusion.denoiser import DenoiserModel, compile_blocks, denoising_error
 from trl_diffusion_rank.diffusion.draws import EVALUATION, draw_captions, draw_rows
 from trl_diffusion_rank.diffusion.families import recognise_family
 from trl_diffusion_rank.diffusion.loading import load_pipeline
@@ -77,6 +77,11 @@ class DiffusionTrainerMixin(PublishingMixin):
         for component in self.family.encoders.values():
             component.requires_grad_(False)
         self._encoder_hash: str | None = None
+        if args.channels_last and self.family.denoiser_name != "unet":
+            raise ValueError(
+                "`channels_last=True` is a layout of convolutions, and the denoiser of the "
+                f"`{self.family.name}` family is a transformer. Leave it out."
+            )
         wrapped = DenoiserModel(denoiser, self.family, name_or_path)
         if peft_config is not None:
             peft_config = _denoiser_peft_config(peft_config, self.family.lora_target_modules)
@@ -120,6 +125,11 @@ class DiffusionTrainerMixin(PublishingMixin):
             train_dataset = to_ranked(train_dataset, "train")
         return wrapped, peft_config, train_dataset
 
+    # Blocks are compiled by themselves, in `finish_set_up`, and not by Accelerate the whole model
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        self.accelerator.state.dynamo_plugin.backend = DynamoBackend.NO
+
     def finish_set_up(self) -> None:
         """
         After the parent's `__init__`: the encoders leave memory, or come to the device where each step needs them.
@@ -140,6 +150,7 @@ class DiffusionTrainerMixin(PublishingMixin):
             self._adversary.prepare(self.accelerator, self.model)
         if self.args.sample_steps is not None:
             self._add_samples()
+        self._make_fast()
         self.processing_class = None  # TRL was given a tokenizer; none belongs beside a denoiser's weights
         if self.cache_latents:
             self.family.drop_encoders()
@@ -198,6 +209,20 @@ class DiffusionTrainerMixin(PublishingMixin):
             if len(prompts) == count:
                 break
         return list(prompts)
+
+    def _make_fast(self) -> None:
+        """What `channels_last` and `torch_compile` ask for, of the trained model and of a reference beside it."""
+        denoiser_class = self.family.denoiser_class
+        blocks = denoiser_class._repeated_blocks or denoiser_class._no_split_modules  # SD3 has only the latter
+        for model in (self.model, getattr(self, "ref_model", None)):
+            if model is None:
+                continue
+            if self.args.channels_last:
+                model.to(memory_format=torch.channels_last)
+            if self.args.torch_compile:
+                compile_blocks(
+                    model, blocks, backend=self.args.torch_compile_backend, mode=self.args.torch_compile_mode
+                )
 
     def _check_adaptive_weight(self) -> None:
         """The adaptive weight looks at a gradient in the middle of a step, which not every set-up has."""
