@@ -63,8 +63,8 @@ def test_benchmark_runs_and_goes_on_from_its_file(step_time, tmp_path, monkeypat
         return json.loads(output.getvalue().splitlines()[-1])
 
     monkeypatch.setattr(step_time, "in_a_process", here)
-    names = list(step_time.METHODS)
-    small = ["--resolution", "64", "--steps", "1", "--warm_up", "1", "--repetitions", "1"]
+    names = ["script", "ours"]
+    small = ["--resolution", "32", "--steps", "1", "--warm_up", "1", "--repetitions", "1"]
     command = [*small, "--only", *names, "--output", str(tmp_path / "result.json")]
     step_time.main(command)
     shown = capsys.readouterr().out
@@ -76,8 +76,8 @@ def test_benchmark_runs_and_goes_on_from_its_file(step_time, tmp_path, monkeypat
         assert f"\n| {name} | {run['seconds']:.3g} [" in shown
         assert sum(results["parts"][name]["shares"].values()) == pytest.approx(1)
     shares = {name: results["parts"][name]["shares"] for name in names}
-    assert shares["script"]["encoding"] > 0.05 and shares["ours"]["encoding"] == 0
-    assert shares["ours"]["reference"] > 0.05 and shares["ours, reference in advance"]["reference"] == 0
+    assert shares["script"]["encoding"] > 0 and shares["ours"]["encoding"] == 0
+    assert all(shares[name][part] > 0 for name in names for part in ("data", "forward", "reference", "backward"))
 
     monkeypatch.setattr(step_time, "in_a_process", None)  # nothing is left to measure
     step_time.main(command)
