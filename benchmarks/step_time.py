@@ -57,7 +57,7 @@ OPTIONS: dict[str, dict[str, Any]] = {  # of the trainer
     "attention without SDPA": {},
     "AdamW not fused": {"optim": "adamw_torch"},
     "two loader workers": {"dataloader_num_workers": 2},
-    "bf16": {"bf16": True},  # on a CPU, where float32 is the default
+    "bf16": {"bf16": True, "use_cpu": True},  # on a CPU, where float32 is the default
     "memory not pinned": {"dataloader_pin_memory": False},  # on a GPU
 }
 PARTS = ("data", "encoding", "forward", "reference", "backward", "optimizer", "other")

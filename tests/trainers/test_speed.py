@@ -1,11 +1,13 @@
 """The options that make a step fast change nothing but its speed."""
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from tiny import ranked_dataset, tiny_flux_pipeline, tiny_sd3_pipeline, tiny_sdxl_pipeline
 from torch import nn
@@ -17,9 +19,9 @@ from trl_diffusion_rank import (
     RankedDiffusionDPOConfig,
     RankedDiffusionDPOTrainer,
 )
+from trl_diffusion_rank.trainers import diffusion_trainer
 
 
-BLOCKS = ("BasicTransformerBlock", "JointTransformerBlock", "FluxTransformerBlock", "FluxSingleTransformerBlock")
 # Traces and differentiates as inductor's compiler gets it, without minutes of a C++ compiler
 COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
 
@@ -115,6 +117,45 @@ def test_no_shape_is_left_uncompiled(tmp_path):
         trainer.train()
         trainer.evaluate()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 8
+
+
+# Precision
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+def test_inputs_of_a_lora_are_not_copied_to_float32_under_autocast(tmp_path, monkeypatch, gradient_checkpointing):
+    """
+    Less is kept for the backward pass. The loss is the same to the last bit; gradients are those of bfloat16, in which
+    the terms of a sum are added in another order.
+    """
+    options = {
+        "max_steps": 1,
+        "bf16": True,
+        "use_cpu": True,
+        "learning_rate": 1e-3,
+        "gradient_checkpointing": gradient_checkpointing,
+    }
+    kept, logs = [], []
+    for name in ("ours", "peft's"):
+        if name == "peft's":
+            monkeypatch.setattr(diffusion_trainer, "disable_input_dtype_casting", lambda *_, **__: nullcontext())
+        trainer = make_trainer(tmp_path / name, tiny_sdxl_pipeline().to(torch.bfloat16), **options)
+        assert {value.dtype for value in adapter(trainer).values()} == {torch.float32}
+        storages = {}
+
+        def keep(tensor, storages=storages):  # alive, so that no address is used twice
+            storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            trainer.train()
+        kept.append(sum(storage.nbytes() for storage in storages.values()))
+        logs.append(trainer.state.log_history[0])
+        layers = [module for module in trainer.model.modules() if isinstance(module, BaseTunerLayer)]
+        assert all(layer.cast_input_dtype_enabled for layer in layers), "the model is as usual after training"
+    assert kept[0] <= kept[1] if gradient_checkpointing else kept[0] < kept[1]
+    assert logs[0]["loss"] == logs[1]["loss"]
+    assert logs[0]["grad_norm"] == pytest.approx(logs[1]["grad_norm"], rel=1e-2)
 
 
 # Memory layout

@@ -14,9 +14,10 @@ from datasets import Dataset, IterableDataset
 from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
+from peft.helpers import disable_input_dtype_casting
 from torch import Tensor, nn
 from transformers import BitsAndBytesConfig
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from trl.trainer.utils import global_then_local_main_first, hash_module
 
 from trl_diffusion_rank.data.collator import EncodedRowCollator, RawRowCollator
@@ -305,6 +306,13 @@ class DiffusionTrainerMixin(PublishingMixin):
                 self._signature_columns = self.train_dataset.column_names
             else:
                 self._signature_columns = list(ROW_COLUMNS)
+
+    # A LoRA has float32 weights beside a base in half precision, and PEFT copies what it is given to float32. Under
+    # autocast, which makes half precision of it again, the copies are a seventh of what is kept for the backward pass
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        needless = is_peft_model(self.model) and self.accelerator.native_amp
+        with disable_input_dtype_casting(self.model, active=needless):
+            return super().train(*args, **kwargs)
 
     # Noise and errors
 
