@@ -190,6 +190,33 @@ def test_channels_last_is_refused_for_transformers(tmp_path, pipeline):
         make_trainer(tmp_path, pipeline(), channels_last=True)
 
 
+# The reference
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_reference_is_the_model_without_its_adapter(tmp_path, gradient_checkpointing, use_reentrant):
+    """As PEFT's `disable_adapter` gives it, to the last bit, and the adapter is back afterwards."""
+    kwargs = {"use_reentrant": use_reentrant}
+    options = {"gradient_checkpointing": gradient_checkpointing, "gradient_checkpointing_kwargs": kwargs}
+    trainer = make_trainer(tmp_path, **options)
+    for name, parameter in trainer.model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.1)
+    batch = first_batch(trainer)
+    asked, target = trainer._noised(batch, visit=0)
+    with torch.no_grad():
+        adapted, _ = trainer._ask(trainer.model, asked, target, batch["mask"])
+        with trainer.model.disable_adapter():
+            expected, _ = trainer._ask(trainer.model, asked, target, batch["mask"])
+    reference = trainer._reference_error(asked, target, batch["mask"])
+    assert torch.equal(reference, expected) and not reference.requires_grad
+    assert not torch.allclose(reference, adapted)
+    with torch.no_grad():
+        again, _ = trainer._ask(trainer.model, asked, target, batch["mask"])
+    assert torch.equal(again, adapted)
+
+
 # Metrics
 
 

@@ -13,7 +13,6 @@ from transformers import Trainer
 from transformers.utils import hub as transformers_hub
 from trl import DPOTrainer
 from trl.experimental.cpo import CPOTrainer
-from trl.models import utils as model_utils
 from trl.trainer import utils as trainer_utils
 
 from trl_diffusion_rank.objectives import ranking_loss

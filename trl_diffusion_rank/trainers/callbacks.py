@@ -35,6 +35,16 @@ class SkipNonFiniteSteps(TrainerCallback):
         self.skipped = 0
         self.in_a_row = 0
 
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs,
+    ) -> None:
+        self.trained = _trained(model)  # to look for them among a UNet's thousands of modules takes tens of ms
+
     def on_pre_optimizer_step(
         self,
         args: TrainingArguments,
@@ -43,7 +53,7 @@ class SkipNonFiniteSteps(TrainerCallback):
         model: nn.Module | None = None,
         **kwargs,
     ) -> None:
-        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        gradients = [parameter.grad for parameter in self.trained if parameter.grad is not None]
         if not gradients or torch.isfinite(nn.utils.get_total_norm(gradients)):
             self.in_a_row = 0
             return

@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import functools
 import logging
 import math
 import os
@@ -7,18 +8,17 @@ import textwrap
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets
 from datasets.fingerprint import Hasher
 from diffusers import DiffusionPipeline
 from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import BitsAndBytesConfig, DataCollator, TrainerCallback
 from trl import DPOTrainer
-from trl.models.utils import disable_gradient_checkpointing
-from trl.trainer.utils import use_adapter
 
 from trl_diffusion_rank.diffusion.denoiser import DenoiserModel
 from trl_diffusion_rank.diffusion.draws import EVALUATION
@@ -296,18 +296,25 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
     def _reference(self):
         """
         The reference: its own model, or the trained one with the adapter disabled; without either, the model itself
-        before its first step.
+        before its first step. Diffusers checkpoints no gradients where none are asked for.
         """
-        with contextlib.ExitStack() as stack:
-            if self.args.gradient_checkpointing:  # nothing is kept for a backward pass here
-                kwargs = self.args.gradient_checkpointing_kwargs
-                stack.enter_context(disable_gradient_checkpointing(self.model, kwargs))
-            if self.ref_model is None and is_peft_model(self.model):
-                stack.enter_context(use_adapter(self.accelerator.unwrap_model(self.model), adapter_name=None))
+        # Not PEFT's `disable_adapter`, which walks over all modules again and again: a fifth of a second for SDXL's
+        layers = self._lora_layers if self.ref_model is None else []
+        for layer in layers:
+            layer._disable_adapters = True
+        try:
             yield self.ref_model or self.model
+        finally:
+            for layer in layers:
+                layer._disable_adapters = False
+
+    @functools.cached_property
+    def _lora_layers(self) -> list[BaseTunerLayer]:
+        return [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
 
     # Adds the watch for displacement
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self._read_metrics()
         means = {}
         if self.model.training:  # what TRL is about to add, which has to be known before the entry is written
             means = {name: sum(values) / len(values) for name, values in self._metrics["train"].items()}
