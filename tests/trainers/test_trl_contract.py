@@ -47,8 +47,6 @@ from trl_diffusion_rank.trainers.ranked_diffusion_dpo_trainer import RankedDiffu
         (Trainer, "_finish_current_push", ["self"]),
         (transformers_hub, "hf_api", []),
         (transformers_hub.PushInProgress, "__init__", ["self", "jobs"]),
-        (model_utils, "disable_gradient_checkpointing", ["model", "gradient_checkpointing_kwargs"]),
-        (trainer_utils, "use_adapter", ["model", "adapter_name"]),
         (trainer_utils, "hash_module", ["module"]),
         (trainer_utils, "global_then_local_main_first", []),
     ],
