@@ -7,9 +7,14 @@ from pathlib import Path
 
 import fake_stages
 import pytest
+import torch
+from accelerate.commands import config
+from accelerate.commands import launch as accelerate_launch
+from torch.distributed.elastic.multiprocessing.api import ProcessFailure
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from trl_diffusion_rank import cli
-from trl_diffusion_rank.launch import flag_groups, launch_argv, quiet_defaults
+from trl_diffusion_rank.launch import flag_groups, launch, launch_argv, quiet_defaults
 
 
 @pytest.fixture(autouse=True)
@@ -120,6 +125,64 @@ class TestLaunchOptions:
         argv = launch_argv({"num_processes": 3, "cpu": True, "multi_gpu": False}, {"num_processes": ["2"]}, "r.yaml")
         assert argv == ["--cpu", "--num_processes", "2"]
 
+    @pytest.mark.parametrize(
+        ("preset", "kind", "details"),
+        [
+            ("single_gpu", None, {}),
+            ("multi_gpu", "multi_gpu", {}),
+            ("zero1", "use_deepspeed", {"zero_stage": 1}),
+            ("zero2", "use_deepspeed", {"zero_stage": 2}),
+            ("zero3", "use_deepspeed", {"zero_stage": 3, "zero3_save_16bit_model": True}),
+            ("fsdp1", "use_fsdp", {"fsdp_version": 1}),
+            ("fsdp2", "use_fsdp", {"fsdp_version": 2, "fsdp_state_dict_type": "FULL_STATE_DICT"}),
+        ],
+    )
+    def test_what_accelerate_gets(self, monkeypatch, preset, kind, details):
+        """From the recipe's section and from flags, which win; a node of several says which it is."""
+        seen = []
+        monkeypatch.setattr(accelerate_launch, "launch_command", seen.append)
+        nodes = {"num_machines": 2, "main_process_ip": "10.0.0.1", "main_process_port": 29501, "num_processes": 4}
+        flags = {"machine_rank": ["1"], "num_processes": ["16"], "accelerate_config": [preset]}
+        assert launch("some.module", ["--option", "1"], launch_argv(nodes, flags, "r.yaml")) == 0
+        args, _, _ = accelerate_launch._validate_launch_command(seen[0])
+        assert (args.num_machines, args.machine_rank, args.num_processes) == (2, 1, 16)
+        assert (args.main_process_ip, args.main_process_port) == ("10.0.0.1", 29501)
+        assert (args.training_script, args.training_script_args) == ("some.module", ["--option", "1"])
+        kinds = ("multi_gpu", "use_deepspeed", "use_fsdp")
+        assert [name for name in kinds if getattr(args, name)] == ([kind] if kind else [])
+        assert {name: getattr(args, name) for name in details} == details
+
+    def test_several_processes_without_a_preset(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(config, "default_config_file", str(tmp_path / "none.yaml"))
+        assert quiet_defaults(["--num_processes", "2"])[0] == "--multi_gpu"
+        assert "--multi_gpu" not in quiet_defaults(["--num_processes", "2", "--use_deepspeed"])
+        assert "--multi_gpu" not in quiet_defaults(["--num_processes", "1"])
+
+    def test_processes_on_a_cpu_know_it(self, monkeypatch):
+        seen = {}
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+        monkeypatch.setattr(accelerate_launch, "launch_command", lambda args: seen.update(os.environ))
+        launch("some.module", [], ["--multi_gpu", "--num_processes", "2"])
+        assert seen["ACCELERATE_USE_CPU"] == "true"
+        assert "ACCELERATE_USE_CPU" not in os.environ
+
+    @pytest.mark.parametrize(
+        ("exit_code", "code", "message"),
+        [
+            (-9, 137, "the process of rank 1, and with it the others, was ended by SIGKILL, as the system does when"),
+            (-11, 139, "the process of rank 1, and with it the others, was ended by SIGSEGV\n"),
+            (3, 3, ""),
+        ],
+    )
+    def test_how_several_processes_ended(self, monkeypatch, capsys, exit_code, code, message):
+        def fail(args):
+            failure = ProcessFailure(local_rank=1, pid=1, exitcode=exit_code, error_file="none")
+            raise ChildFailedError("some.module", {1: failure})
+
+        monkeypatch.setattr(accelerate_launch, "launch_command", fail)
+        assert launch("some.module", [], ["--num_processes", "2"]) == code
+        assert message in capsys.readouterr().err
+
     def test_presets_of_trl(self):
         argv = launch_argv({"config_file": "mine.yaml"}, {"accelerate_config": ["fsdp2"]}, "r.yaml")
         assert argv[0] == "--config_file"
@@ -127,8 +190,6 @@ class TestLaunchOptions:
         assert len(argv) == 2
 
     def test_a_configuration_file_decides(self, tmp_path, monkeypatch):
-        from accelerate.commands import config
-
         monkeypatch.setattr(config, "default_config_file", str(tmp_path / "none.yaml"))
         assert quiet_defaults(["--mixed_precision", "bf16"])[2:] == ["--num_machines", "1", "--dynamo_backend", "no"]
         assert quiet_defaults(["--config_file", "mine.yaml"]) == []

@@ -3,9 +3,12 @@
 Importing this file imports no torch; everything in it that asks accelerate does.
 """
 
+import signal
 import subprocess
+import sys
 from argparse import Action
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,7 @@ from trl_diffusion_rank.recipe import PROGRAM, RecipeError, nearest
 # `module` and the script are set here; `accelerate_config` is TRL's: a preset's name (zero2, fsdp2, ...) or a file
 _OURS = ("help", "module", "no_python", "training_script", "training_script_args")
 _CONFIGS = ("accelerate_config", "config_file")
+_KINDS = ("--multi_gpu", "--cpu", "--tpu", "--use_deepspeed", "--use_fsdp", "--use_megatron_lm")
 
 
 def flag_groups(argv: list[str]) -> Iterator[tuple[str, list[str]]]:
@@ -99,8 +103,9 @@ def _accelerate_parser():
 
 def quiet_defaults(argv: list[str]) -> list[str]:
     """
-    What accelerate would choose by itself and warn about at every launch. Nothing when a configuration file decides:
-    the one in `argv`, or the one that `accelerate config` wrote.
+    What accelerate would choose by itself and warn about at every launch, and `--multi_gpu` for several processes,
+    without which it starts only one where it sees no GPUs. Nothing when a configuration file decides: the one in
+    `argv`, or the one that `accelerate config` wrote.
     """
     import torch
     from accelerate.commands.config import default_config_file
@@ -113,21 +118,30 @@ def quiet_defaults(argv: list[str]) -> list[str]:
         "--mixed_precision": "no",
         "--dynamo_backend": "no",
     }
-    return [token for name, value in defaults.items() if name not in argv for token in (name, value)]
+    given = dict(pairwise(argv))
+    several = int(given.get("--num_processes", defaults["--num_processes"])) > 1
+    kind = ["--multi_gpu"] if several and not any(kind in argv for kind in _KINDS) else []
+    return [*kind, *(token for name, value in defaults.items() if name not in argv for token in (name, value))]
 
 
 def launch(module: str, stage_args: list[str], launch_args: list[str]) -> int:
     """`accelerate launch <launch_args> --module <module> <stage_args>`; returns the launched module's exit code."""
+    import torch
     from accelerate.commands.launch import launch_command
+    from accelerate.utils import patch_environment
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     argv = [*quiet_defaults(launch_args), *launch_args, "--module", module, *stage_args]
+    # Or each of several processes on CPUs would take itself for the only one
+    environment = {} if torch.accelerator.is_available() else {"ACCELERATE_USE_CPU": "true"}
     try:
-        launch_command(_accelerate_parser().parse_args(argv))
+        with patch_environment(**environment):
+            launch_command(_accelerate_parser().parse_args(argv))
     except subprocess.CalledProcessError as error:  # one process
-        return _shell_code(error.returncode)
+        return _shell_code(error.returncode, "the process")
     except ChildFailedError as error:  # several processes
-        return _shell_code(error.get_first_failure()[1].exitcode)
+        rank, failure = error.get_first_failure()
+        return _shell_code(failure.exitcode, f"the process of rank {rank}, and with it the others,")
     except SystemExit as end:  # `--quiet`, or SIGTERM
         return int(end.code or 0)
     except (ImportError, ValueError) as error:  # launch options that exclude each other, DeepSpeed not installed
@@ -137,8 +151,13 @@ def launch(module: str, stage_args: list[str], launch_args: list[str]) -> int:
     return 0
 
 
-def _shell_code(returncode: int) -> int:
-    return 128 - returncode if returncode < 0 else returncode
+def _shell_code(returncode: int, who: str) -> int:
+    if returncode >= 0:
+        return returncode
+    name = signal.Signals(-returncode).name
+    hint = ", as the system does when memory runs out" if -returncode == signal.SIGKILL else ""
+    print(f"{PROGRAM}: {who} was ended by {name}{hint}", file=sys.stderr, flush=True)
+    return 128 - returncode
 
 
 def _end_children() -> None:

@@ -171,6 +171,22 @@ def format_table(header: list[str], rows: list[list[str]], names: int = 1) -> st
     return "\n".join([line(header), f"|{'|'.join(dashes)}|", *map(line, rows)])
 
 
+def last_whole_checkpoint(folder: str) -> str | None:
+    """The last checkpoint that was written to its end; a process that is killed may leave half of one."""
+    from pathlib import Path
+
+    from transformers.trainer_callback import TrainerState
+    from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+    steps = {}
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        try:
+            steps[TrainerState.load_from_json(str(path / "trainer_state.json")).global_step] = path  # written last
+        except (OSError, ValueError):
+            print(f"{path} was not written to its end and is left alone.")
+    return str(steps[max(steps)]) if steps else None
+
+
 def train(
     stage: str,
     trainer_class: type[RankedDiffusionDPOTrainer | DiffusionCPOTrainer],
@@ -216,10 +232,8 @@ def run_training(trainer: Trainer, dataset_name: str, measure: Callable[[], None
     Train and save, then `measure` what came out, then publish where that is asked for. A run that was cut off goes on
     from its last checkpoint.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
     args = trainer.args
-    checkpoint = args.resume_from_checkpoint or get_last_checkpoint(args.output_dir)
+    checkpoint = args.resume_from_checkpoint or last_whole_checkpoint(args.output_dir)
     if checkpoint:
         trainer.accelerator.print(f"Resuming from {checkpoint}")
     trainer.train(resume_from_checkpoint=checkpoint)
