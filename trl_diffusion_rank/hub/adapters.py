@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import save_torch_state_dict
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
@@ -80,6 +81,21 @@ def save_lora(
     )
 
 
-def save_denoiser(model: DenoiserModel, family: Family, folder: str | Path) -> None:
-    """Write fully trained weights as the pipeline's own subfolder (`unet/`), as diffusers' `from_pretrained` reads."""
-    model.denoiser.save_pretrained(Path(folder) / family.denoiser_name, safe_serialization=True)
+def save_denoiser(
+    model: DenoiserModel, family: Family, folder: str | Path, state_dict: dict[str, Tensor] | None = None
+) -> None:
+    """
+    Write fully trained weights as the pipeline's own subfolder (`unet/`), as diffusers' `from_pretrained` reads.
+
+    Args:
+        state_dict: the gathered state dict of `model` where the parameters are sharded; diffusers' `save_pretrained`
+            takes none.
+    """
+    folder = Path(folder) / family.denoiser_name
+    if state_dict is None:
+        model.denoiser.save_pretrained(folder, safe_serialization=True)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    model.denoiser.save_config(folder)
+    tensors = {name.removeprefix(f"{model.base_model_prefix}."): tensor for name, tensor in state_dict.items()}
+    save_torch_state_dict(tensors, folder, filename_pattern="diffusion_pytorch_model{suffix}.safetensors")

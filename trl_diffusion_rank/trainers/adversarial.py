@@ -338,7 +338,7 @@ class AdversarialTerm:
         if not self.is_joint and not self.args.adversarial_adaptive:
             return
         path = Path(folder) / self.FILE
-        state = torch.load(path, map_location=self.device, weights_only=True) if path.is_file() else {}
+        state = torch.load(path, map_location="cpu", weights_only=True) if path.is_file() else {}
         if not state or (self.is_joint and set(state.get("discriminator", ())) != set(self._trained)):
             raise ValueError(
                 f"`adversarial_mode={self.args.adversarial_mode!r}`, but `{folder}` is a checkpoint of a run with "

@@ -38,6 +38,7 @@ from trl_diffusion_rank.trainers.aesthetic_discriminator_config import (
 )
 from trl_diffusion_rank.trainers.callbacks import LogHistory
 from trl_diffusion_rank.trainers.publishing import PublishingMixin
+from trl_diffusion_rank.trainers.sharding import check_sharding, loading_whole, uses_fsdp, uses_zero_3
 
 
 DIGITS = "digits"  # as `model`, the small backbone of the digits world
@@ -125,10 +126,18 @@ class AestheticDiscriminatorTrainer(PublishingMixin, RewardTrainer):
             name = model if isinstance(model, str) else type(model).__name__
             args = AestheticDiscriminatorTrainerConfig(f"{name.rstrip('/').split('/')[-1]}-Discriminator")
 
+        check_sharding(args)
+        if peft_config is not None and (uses_fsdp(args) or uses_zero_3(args)):
+            raise ValueError(
+                "A LoRA can't be merged where FSDP or DeepSpeed's ZeRO-3 splits the weights. Train without "
+                "`peft_config`, or launch with `--accelerate_config multi_gpu` or `zero2`: a CLIP fits on one device."
+            )
+
         # Model
         self.base_model = model if isinstance(model, str) else model.config.name_or_path
         set_seed(args.seed)  # a new head is drawn
-        model, processor = resolve_model(model, processing_class, args)
+        with loading_whole():
+            model, processor = resolve_model(model, processing_class, args)
         for name in ("bos_token_id", "eos_token_id"):  # transformers would write them and warn of it
             setattr(model.config, name, getattr(processor.tokenizer, name))
         if peft_config is None:
@@ -165,11 +174,6 @@ class AestheticDiscriminatorTrainer(PublishingMixin, RewardTrainer):
         )
         self.processing_class = processor
         self.add_callback(LogHistory())
-        if peft_config is not None and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError(
-                "A LoRA can't be merged where FSDP or DeepSpeed shards the weights. Train without `peft_config`, or "
-                "with plain data parallelism: a CLIP fits on one device."
-            )
         self.report: dict[str, str] = {}  # heading -> text, what the card tells beside how to load
 
     # Dataset
@@ -285,7 +289,7 @@ class AestheticDiscriminatorTrainer(PublishingMixin, RewardTrainer):
             return
         adapted, self.model = self.model, copy.deepcopy(self.model).merge_and_unload()
         try:
-            super()._save(output_dir, state_dict)
+            super()._save(output_dir)  # `state_dict`, which DeepSpeed gives, isn't merged
         finally:
             self.model = adapted
 

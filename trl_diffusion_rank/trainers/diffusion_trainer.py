@@ -40,6 +40,7 @@ from trl_diffusion_rank.trainers.adversarial import AdversarialTerm, Answer, loa
 from trl_diffusion_rank.trainers.callbacks import LogHistory, MovingAverage, SkipNonFiniteSteps
 from trl_diffusion_rank.trainers.publishing import PublishingMixin
 from trl_diffusion_rank.trainers.samples import SampleGrids
+from trl_diffusion_rank.trainers.sharding import check_sharding, keep_buffers, loading_whole
 
 
 logger = logging.getLogger(__name__)
@@ -54,6 +55,8 @@ class DiffusionTrainerMixin(PublishingMixin):
     """
 
     published_files = ("README.md", WEIGHTS, f"*{SUFFIX}", "unet/*", "transformer/*", "discriminator/*", "samples/*")
+    # Options that a split weight rules out
+    needs_whole_weights: tuple[str, ...] = ("adversarial_adaptive", "sample_steps")
 
     def set_up(
         self,
@@ -70,8 +73,10 @@ class DiffusionTrainerMixin(PublishingMixin):
         Returns the wrapped denoiser, the `peft_config` as it fits the wrapper, and the dataset with its images
         undecoded and under a name in which TRL doesn't see a vision-language dataset.
         """
+        check_sharding(args, self.needs_whole_weights)
         init_kwargs = _with_quantization(args.model_init_kwargs, quantization_config, model)
-        self._pipeline, denoiser = _resolve_model(model, processing_class, init_kwargs)
+        with loading_whole():
+            self._pipeline, denoiser = _resolve_model(model, processing_class, init_kwargs)
         self.family = recognise_family(self._pipeline)
         denoiser = denoiser or getattr(self._pipeline, self.family.denoiser_name)
         name_or_path = model if isinstance(model, str) else self._pipeline.config.get("_name_or_path") or ""
@@ -103,7 +108,8 @@ class DiffusionTrainerMixin(PublishingMixin):
 
         self._adversary: AdversarialTerm | None = None
         if args.adversarial_mode != "none":
-            discriminator = load_discriminator(args.adversarial_discriminator)
+            with loading_whole():
+                discriminator = load_discriminator(args.adversarial_discriminator)
             drawn = (self.timestep_sampling, self.timestep_grid)
             self._adversary = AdversarialTerm(args, self.family, *discriminator, *drawn)
 
@@ -136,6 +142,7 @@ class DiffusionTrainerMixin(PublishingMixin):
         After the parent's `__init__`: the encoders leave memory, or come to the device where each step needs them.
         """
         self.add_callback(LogHistory())
+        keep_buffers(self)
         self._skipper = SkipNonFiniteSteps(self.args.max_skipped_steps)
         self.add_callback(self._skipper)
         self._average: MovingAverage | None = None
@@ -167,12 +174,6 @@ class DiffusionTrainerMixin(PublishingMixin):
 
     def _add_samples(self) -> None:
         """The callback that draws during training; encodes its prompts, so before the text encoders leave memory."""
-        plugin = self.accelerator.state.deepspeed_plugin
-        if self.is_fsdp_enabled or (plugin is not None and plugin.zero_stage == 3):
-            raise ValueError(
-                f"`sample_steps={self.args.sample_steps}` can't be used with FSDP or DeepSpeed's ZeRO-3, which shard "
-                "the weights: no process has a whole model to draw with. Leave it out, or use DDP, ZeRO-1 or ZeRO-2."
-            )
         if not self.is_world_process_zero():
             return
         for name, component in self.family.encoders.items():
@@ -227,22 +228,12 @@ class DiffusionTrainerMixin(PublishingMixin):
 
     def _check_adaptive_weight(self) -> None:
         """The adaptive weight looks at a gradient in the middle of a step, which not every set-up has."""
-        if not self.args.adversarial_adaptive:
-            return
-        plugin = self.accelerator.state.deepspeed_plugin
-        reasons = {
-            "FSDP, which shards the weight at which gradients are compared": self.is_fsdp_enabled,
-            "DeepSpeed's ZeRO-3, which shards the weight at which gradients are compared": (
-                plugin is not None and plugin.zero_stage == 3
-            ),
-            "reentrant gradient checkpointing; set `gradient_checkpointing_kwargs={'use_reentrant': False}`": (
-                self.args.gradient_checkpointing
-                and (self.args.gradient_checkpointing_kwargs or {}).get("use_reentrant", False)
-            ),
-        }
-        for reason, found in reasons.items():
-            if found:
-                raise ValueError(f"`adversarial_adaptive=True` can't be used with {reason}, or leave it out.")
+        kwargs = self.args.gradient_checkpointing_kwargs or {}
+        if self.args.adversarial_adaptive and self.args.gradient_checkpointing and kwargs.get("use_reentrant", False):
+            raise ValueError(
+                "`adversarial_adaptive=True` can't be used with reentrant gradient checkpointing; set "
+                "`gradient_checkpointing_kwargs={'use_reentrant': False}`, or leave it out."
+            )
 
     # Dataset
 
@@ -474,7 +465,7 @@ class DiffusionTrainerMixin(PublishingMixin):
             if is_lora:
                 save_lora(self.model, self.family, folder, state_dict)
             elif not is_checkpoint:
-                save_denoiser(self.model, self.family, folder)
+                save_denoiser(self.model, self.family, folder, state_dict)
         if is_lora and not is_checkpoint:
             save_comfy_lora_if_possible(folder, self.model.get_base_model().denoiser)
         if self._adversary is not None and not is_checkpoint:

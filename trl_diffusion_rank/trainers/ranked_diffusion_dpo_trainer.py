@@ -29,6 +29,7 @@ from trl_diffusion_rank.trainers.adversarial import Answer
 from trl_diffusion_rank.trainers.diffusion_trainer import DiffusionTrainerMixin, refuse
 from trl_diffusion_rank.trainers.displacement import TOLERANCE, DisplacementMonitor
 from trl_diffusion_rank.trainers.ranked_diffusion_dpo_config import RankedDiffusionDPOConfig
+from trl_diffusion_rank.trainers.sharding import uses_fsdp
 
 
 logger = logging.getLogger(__name__)
@@ -86,6 +87,7 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
             patterns are the denoiser's own.
     """
 
+    needs_whole_weights = (*DiffusionTrainerMixin.needs_whole_weights, "stop_on_displacement")
     _tag_names = ["trl", "trl-diffusion-rank", "dpo", "diffusion-dpo"]
     _name = "Ranked Diffusion DPO"
     _paper = {
@@ -126,9 +128,10 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
         model, peft_config, train_dataset = self.set_up(
             model, processing_class, args, peft_config, train_dataset, quantization_config
         )
-        if ref_model is not None:
+        own_ref_model = ref_model is not None
+        if own_ref_model:
             ref_model = DenoiserModel(ref_model, self.family)
-        elif peft_config is None and not args.precompute_ref_log_probs:
+        elif peft_config is None and (not args.precompute_ref_log_probs or uses_fsdp(args)):
             # TRL would load the reference from the Hub again, and as a language model
             ref_model = DenoiserModel(copy.deepcopy(model.denoiser), self.family)
         if ref_model is not None:
@@ -157,6 +160,8 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
             peft_config=peft_config,
         )
         args.model_init_kwargs = model_init_kwargs
+        if args.precompute_ref_log_probs and not own_ref_model:
+            self.ref_model = None  # FSDP's: everything was asked
         self.finish_set_up()
 
     # Loss
@@ -281,6 +286,8 @@ class RankedDiffusionDPOTrainer(DiffusionTrainerMixin, DPOTrainer):
         loader = self.accelerator.prepare(
             DataLoader(dataset, batch_size, collate_fn=self._collator, num_workers=self.args.dataloader_num_workers)
         )
+        if self.ref_model is None:
+            self.model.to(self.args.device)  # where DeepSpeed and FSDP would bring it when training begins
         rows = []
         for batch in tqdm(loader, desc=f"Reference errors of {name}", unit="batch"):
             batch = self._prepare_inputs(batch)
