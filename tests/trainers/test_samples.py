@@ -9,7 +9,6 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from datasets import Dataset
 from peft import LoraConfig
 from PIL import Image
@@ -265,17 +264,6 @@ def test_neither_a_full_disk_nor_a_full_device_stops_training(tmp_path, monkeypa
         trainer.train()
     assert trainer.state.global_step == 3
     assert "The samples of step 2 weren't drawn, training goes on: out of memory. (no room)" in caplog.text
-
-
-def test_sharded_weights_are_refused(tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path, sample_steps=7)
-    monkeypatch.setattr(AcceleratorState, "deepspeed_plugin", SimpleNamespace(zero_stage=3))
-    with pytest.raises(ValueError, match="`sample_steps=7` can't be used with FSDP or DeepSpeed's ZeRO-3"):
-        trainer._add_samples()
-    monkeypatch.undo()
-    trainer.is_fsdp_enabled = True
-    with pytest.raises(ValueError, match="`sample_steps=7` can't be used with FSDP or DeepSpeed's ZeRO-3"):
-        trainer._add_samples()
 
 
 @pytest.mark.parametrize(

@@ -20,14 +20,16 @@ def arguments(fsdp: dict | None = None, zero_stage: int | None = None, gathers: 
     if zero_stage is not None:
         zero = {"stage": zero_stage, "stage3_gather_16bit_weights_on_model_save": gathers}
         plugin = SimpleNamespace(zero_stage=zero_stage, deepspeed_config={"zero_optimization": zero})
-    options = {"adversarial_adaptive": False, "stop_on_displacement": False} | options
+    options = {"adversarial_adaptive": False, "stop_on_displacement": False, "sample_steps": None} | options
     return SimpleNamespace(fsdp_plugin_args=fsdp, deepspeed_plugin=plugin, **options)
 
 
 FSDP_2 = {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"}
 ALLOWED = {
     "ddp": arguments(stop_on_displacement=True),
-    "zero2": arguments(zero_stage=2, gathers=False, stop_on_displacement=True, adversarial_adaptive=True),
+    "zero2": arguments(
+        zero_stage=2, gathers=False, stop_on_displacement=True, adversarial_adaptive=True, sample_steps=7
+    ),
     "zero3": arguments(zero_stage=3),
     "fsdp2": arguments(FSDP_2),
 }
@@ -50,6 +52,7 @@ def test_allowed(name):
         ),
         (arguments(zero_stage=3, gathers=False), "ZeRO-3 without `stage3_gather_16bit_weights_on_model_save`"),
         (arguments(FSDP_2, stop_on_displacement=True), "`stop_on_displacement=True` can't be used with FSDP"),
+        (arguments(FSDP_2, sample_steps=7), "`sample_steps=7` can't be used with FSDP or DeepSpeed's ZeRO-3"),
         (arguments(zero_stage=3, adversarial_adaptive=True), "`adversarial_adaptive=True` can't be used with FSDP"),
     ],
 )

@@ -268,14 +268,3 @@ def test_rows_of_ties_count_for_no_metric(tmp_path):
     assert values[1] == {}
     assert values[0].keys() == values[2].keys()
     assert values[0]["error/chosen"] == pytest.approx(values[2]["error/chosen"], rel=1e-4)
-
-
-def test_peak_memory_of_the_accelerator_is_logged(tmp_path, monkeypatch):
-    trainer = make_trainer(tmp_path)
-    trainer.log({"loss": 1.0})
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
-    trainer.log({"loss": 1.0})
-    without, with_accelerator = trainer.state.log_history
-    assert "peak_memory_gib" not in without
-    assert with_accelerator["peak_memory_gib"] == 3.0

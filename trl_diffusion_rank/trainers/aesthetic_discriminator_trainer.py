@@ -37,6 +37,7 @@ from trl_diffusion_rank.trainers.aesthetic_discriminator_config import (
     read_trainable_layers,
 )
 from trl_diffusion_rank.trainers.callbacks import LogHistory
+from trl_diffusion_rank.trainers.memory import FindBatchSizeMixin, PeakMemory, check_batch_size_can_be_found
 from trl_diffusion_rank.trainers.publishing import PublishingMixin
 from trl_diffusion_rank.trainers.sharding import check_sharding, loading_whole, uses_fsdp, uses_zero_3
 
@@ -48,7 +49,7 @@ NEW_HEAD = ("patch_layer", "head_hidden_size", "head_dropout", "text_conditioned
 _SHOWN = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_steps")
 
 
-class AestheticDiscriminatorTrainer(PublishingMixin, RewardTrainer):
+class AestheticDiscriminatorTrainer(FindBatchSizeMixin, PublishingMixin, RewardTrainer):
     """
     Trainer of an [`AestheticDiscriminator`] on caption groups: of the images of one caption, the real one shall win.
 
@@ -127,6 +128,7 @@ class AestheticDiscriminatorTrainer(PublishingMixin, RewardTrainer):
             args = AestheticDiscriminatorTrainerConfig(f"{name.rstrip('/').split('/')[-1]}-Discriminator")
 
         check_sharding(args)
+        check_batch_size_can_be_found(args, train_dataset)
         if peft_config is not None and (uses_fsdp(args) or uses_zero_3(args)):
             raise ValueError(
                 "A LoRA can't be merged where FSDP or DeepSpeed's ZeRO-3 splits the weights. Train without "
@@ -174,6 +176,7 @@ class AestheticDiscriminatorTrainer(PublishingMixin, RewardTrainer):
         )
         self.processing_class = processor
         self.add_callback(LogHistory())
+        self.callback_handler.callbacks.insert(0, PeakMemory())  # before those that write the log
         self.report: dict[str, str] = {}  # heading -> text, what the card tells beside how to load
 
     # Dataset
@@ -226,6 +229,10 @@ class AestheticDiscriminatorTrainer(PublishingMixin, RewardTrainer):
         if return_outputs:
             return loss.mean(), {"logits": scores.detach().masked_fill(~mask, float("nan"))}
         return loss.mean()
+
+    def _probe_loss(self, inputs: dict[str, Tensor]) -> Tensor:
+        outputs = self.model(**{name: value for name, value in inputs.items() if name not in ("ranks", "mask")})
+        return outputs.logits.sum() if outputs.pair_scores is None else outputs.pair_scores.sum()
 
     def _store_metrics(
         self, mode: str, scores: Tensor, ranks: Tensor, mask: Tensor, losses: dict[str, Tensor]

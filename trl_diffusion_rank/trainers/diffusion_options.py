@@ -347,6 +347,11 @@ class DiffusionOptions:
             raise ValueError(f"`on_bad_row` must be 'error' or 'skip', got {self.on_bad_row!r}.")
         DiffusionOptions._check_adversarial_options(self)
         DiffusionOptions._check_sample_options(self)
+        if self.auto_find_batch_size and self.adversarial_mode != "none":
+            raise ValueError(
+                f"`auto_find_batch_size=True` can't be used with `adversarial_mode={self.adversarial_mode!r}`, whose "
+                "steps need memory by turns. Leave it out, and lower `per_device_train_batch_size` by hand."
+            )
         # What can be said of the grid without the model; the trainer knows how long its schedule is
         allowed_timesteps(self.timestep_sampling or "uniform", self.timesteps, num_train_timesteps=10**9)
 

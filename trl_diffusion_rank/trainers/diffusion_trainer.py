@@ -38,6 +38,7 @@ from trl_diffusion_rank.objectives.ranking import better_than
 from trl_diffusion_rank.objectives.safeguards import preservation_scales, scale_gradient
 from trl_diffusion_rank.trainers.adversarial import AdversarialTerm, Answer, load_discriminator
 from trl_diffusion_rank.trainers.callbacks import LogHistory, MovingAverage, SkipNonFiniteSteps
+from trl_diffusion_rank.trainers.memory import FindBatchSizeMixin, PeakMemory, check_batch_size_can_be_found
 from trl_diffusion_rank.trainers.publishing import PublishingMixin
 from trl_diffusion_rank.trainers.samples import SampleGrids
 from trl_diffusion_rank.trainers.sharding import check_sharding, keep_buffers, loading_whole
@@ -46,7 +47,7 @@ from trl_diffusion_rank.trainers.sharding import check_sharding, keep_buffers, l
 logger = logging.getLogger(__name__)
 
 
-class DiffusionTrainerMixin(PublishingMixin):
+class DiffusionTrainerMixin(FindBatchSizeMixin, PublishingMixin):
     """
     A denoiser in the place of a language model: loading, encoding, noise, errors, logs, files.
 
@@ -74,6 +75,7 @@ class DiffusionTrainerMixin(PublishingMixin):
         undecoded and under a name in which TRL doesn't see a vision-language dataset.
         """
         check_sharding(args, self.needs_whole_weights)
+        check_batch_size_can_be_found(args, train_dataset)
         init_kwargs = _with_quantization(args.model_init_kwargs, quantization_config, model)
         with loading_whole():
             self._pipeline, denoiser = _resolve_model(model, processing_class, init_kwargs)
@@ -143,6 +145,7 @@ class DiffusionTrainerMixin(PublishingMixin):
         """
         self.add_callback(LogHistory())
         keep_buffers(self)
+        self.callback_handler.callbacks.insert(0, PeakMemory())  # before those that write the log
         self._skipper = SkipNonFiniteSteps(self.args.max_skipped_steps)
         self.add_callback(self._skipper)
         self._average: MovingAverage | None = None
@@ -307,6 +310,10 @@ class DiffusionTrainerMixin(PublishingMixin):
 
     # Noise and errors
 
+    def _probe_loss(self, inputs: dict[str, Any]) -> Tensor:
+        asked, target = self._noised(inputs, visit=0)
+        return self._ask(self.model, asked, target, inputs["mask"])[0].sum()
+
     def _visit(self, mode: str) -> int:
         """Which of a row's draws is due: another at each visit in training, always the same in evaluation."""
         return EVALUATION if mode == "eval" else int(self.state.epoch or 0)
@@ -437,11 +444,9 @@ class DiffusionTrainerMixin(PublishingMixin):
         """The list of a metric's values in which TRL's trainer collects them until its log."""
         return self._metrics[mode][name]
 
-    # Adds the count of skipped steps and the memory that the accelerator needed
+    # Adds the count of skipped steps
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         self._read_metrics()
-        if "loss" in logs and torch.cuda.is_available():
-            logs["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
         if self._skipper.skipped and "loss" in logs:
             logs["skipped_steps"] = self._skipper.skipped
         super().log(logs, start_time)
