@@ -6,8 +6,8 @@ from pathlib import Path
 import fake_stages
 import pytest
 
-from trl_diffusion_rank import cli
-from trl_diffusion_rank.recipe import stage_module
+from trl_diffusion_rank import cli, runner
+from trl_diffusion_rank.recipe import RecipeError, dump_recipe, load_recipe, stage_module
 from trl_diffusion_rank.runner import Step, canonical, fingerprint, read_record
 
 
@@ -101,6 +101,24 @@ class TestPublishing:
         assert not step.is_done(record | {"status": "running"})
         assert not self.step(seed=2, **wanted).is_done(record)
 
+    def test_the_stage_push_does_nothing_but_publish(self):
+        assert fingerprint("push", {"hub_model_id": "me/a"}, {}) != fingerprint("push", {"hub_model_id": "me/b"}, {})
+
+    def test_a_token_is_written_nowhere(self, monkeypatch):
+        assert fingerprint("dpo", {"hub_token": "hf_x"}, {}) == fingerprint("dpo", {}, {})
+        monkeypatch.setattr(runner, "launch", lambda *args: 0)
+        step = Step("grow", Path("out"), fingerprint("grow", {}, {}), {"number": 4, "hub_token": "hf_x"})
+        assert runner.execute(step, [], [], "grow") == 0
+        assert read_record(Path("out"))["options"] == {"number": 4}
+
+    @pytest.mark.parametrize("section", ["shared", "grow"])
+    def test_a_run_refuses_a_token(self, section):
+        recipe = load_recipe("r.yaml")
+        {"shared": recipe.shared, **recipe.sections}[section]["hub_token"] = "hf_x"
+        with pytest.raises(RecipeError, match=f"`hub_token` in section `{section}`: .*Log in with `hf auth login`"):
+            dump_recipe(recipe, Path("copy.yaml"))
+        assert not Path("copy.yaml").exists()
+
 
 class TestRun:
     def test_runs_skips_reruns_and_brings_back(self, capfd):
@@ -174,6 +192,19 @@ class TestRun:
         assert record["hardware"]["cpu_cores"] >= 1 and record["hardware"]["memory_gb"] > 0
         assert record["seconds"] > 0
         assert record["started"].endswith("+00:00")
+
+    def test_ends_with_a_report(self, monkeypatch, capfd):
+        page = Path("runs/r/report.html")
+        assert run("--count.exit_code", "5") == 5 and not page.exists()
+        assert run() == 0
+        assert "Report: runs/r/report.html" in capfd.readouterr().out
+        made = page.stat().st_mtime_ns
+        assert run() == 0 and page.stat().st_mtime_ns == made, "nothing has changed"
+        assert run("--only", "total", "--total.seed", "9") == 0 and page.stat().st_mtime_ns > made
+        page.unlink()
+        monkeypatch.setattr("trl_diffusion_rank.report.make_report", lambda run_dir: 1 / 0)
+        assert run() == 0, "the stages are finished all the same"
+        assert "could not be made (ZeroDivisionError: division by zero)" in capfd.readouterr().out
 
     def test_an_input_of_several_stages(self, monkeypatch, capfd):
         monkeypatch.setattr(stage_module("total"), "INPUTS", {"all_counts": ["grow", "count"]})

@@ -55,8 +55,11 @@ def _dispatch(argv: list[str]) -> int:
     command, rest = argv[0], argv[1:]
     if command == "run":
         return run_command(rest)
+    if command == "report":
+        return report_command(rest)
     if command not in STAGES:
-        raise RecipeError(f"unknown command `{command}`{nearest(command, [*STAGES, 'run'])} (see `{PROGRAM} --help`)")
+        known = [*STAGES, "run", "report"]
+        raise RecipeError(f"unknown command `{command}`{nearest(command, known)} (see `{PROGRAM} --help`)")
     return stage_command(command, rest)
 
 
@@ -65,12 +68,14 @@ def overview() -> str:
     return "\n".join(
         [
             f"usage: {PROGRAM} run --recipe FILE [--output_dir DIR] [--<stage>.<option> VALUE ...] [--only STAGE ...]",
+            f"       {PROGRAM} report RUN_DIR [--output FILE]",
             f"       {PROGRAM} STAGE [--recipe FILE] [--option VALUE ...] [accelerate launch options]",
             f"       {PROGRAM} COMMAND --help | --version",
             "",
             "Fine-tunes text-to-image diffusion models on ranked images.",
             "",
             f"  {'run':<{width}}  all stages of a recipe in order; finished ones are skipped",
+            f"  {'report':<{width}}  a page that says what a run did, one file; at any time, also in the middle",
             "",
             "stages:",
             *(f"  {stage:<{width}}  {stage_module(stage).HELP}" for stage in STAGES),
@@ -180,6 +185,28 @@ def override(recipe: Recipe, flags: list[tuple[str, list[str]]]) -> Recipe:
             raise RecipeError(f"`{flag}`: a stage writes to <run folder>/<stage>; `--output_dir` sets the run folder")
         recipe.sections[stage][option] = True if not values else values[0] if len(values) == 1 else values
     return recipe
+
+
+# report ----------------------------------------------------------------
+
+
+def report_command(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog=f"{PROGRAM} report",
+        description="Writes a page that says what a run did: one file, which needs no network. At any time, also "
+        "while the run goes on.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("run_dir", metavar="RUN_DIR", help="run folder, or the output folder of a single stage")
+    parser.add_argument("--output", metavar="FILE", help="the page (default: RUN_DIR/report.html)")
+    args = parser.parse_args(argv)
+    from trl_diffusion_rank.report import make_report
+
+    try:
+        print(make_report(args.run_dir, args.output))
+    except OSError as error:
+        raise RecipeError(f"the report could not be written: {error}; `--output` names another file") from error
+    return 0
 
 
 # heavy help ------------------------------------------------------------

@@ -2,6 +2,7 @@
 
     <run folder>/recipe.yaml                    the recipe as `run` executed it, overrides included
     <run folder>/<stage>/stage.json             what the stage was made from
+    <run folder>/report.html                    what came out
     <run folder>/.superseded/<stage>-<8 hex>/   the output made with other options; brought back when they return
 
 A stage is identified by its fingerprint: its name, the options that were given, and the fingerprints of the stages it
@@ -18,6 +19,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from trl_diffusion_rank.files import replace_file
 from trl_diffusion_rank.launch import launch
 from trl_diffusion_rank.recipe import (
     PROGRAM,
@@ -39,8 +41,11 @@ from trl_diffusion_rank.versions import hardware, package_versions
 
 # folders that a stage writes to while it runs: their content says nothing about what it was made from
 WRITTEN = ("output_dir", "logging_dir", "cache_dir")
+REPORT = "report.html"
 # options that publish what a stage has made: turning them on makes nothing anew
 PUBLISHING = ("push_to_hub", "hub_dataset_id", "hub_model_id", "hub_private_repo")
+# options that are written nowhere, not even as part of a hash
+SECRET = ("hub_token",)
 
 
 # fingerprints ----------------------------------------------------------
@@ -55,11 +60,8 @@ def fingerprint(stage: str, options: dict[str, Any], inputs: dict[str, str | lis
         options (`dict[str, Any]`): The options given, from the recipe or the command line.
         inputs (`dict[str, str | list[str]]`): Option -> fingerprint of the stage whose output fills it, or of several.
     """
-    given = {
-        name: canonical(value, name not in WRITTEN)
-        for name, value in options.items()
-        if name not in ("output_dir", *PUBLISHING)
-    }
+    left_out = ("output_dir", *SECRET, *(() if stage == "push" else PUBLISHING))  # publishing is all that `push` does
+    given = {name: canonical(value, name not in WRITTEN) for name, value in options.items() if name not in left_out}
     text = json.dumps({"stage": stage, "options": given, "inputs": inputs}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -102,11 +104,8 @@ def read_record(output: Path) -> dict[str, Any] | None:
 
 
 def write_record(output: Path, record: dict[str, Any]) -> None:
-    """Replaces stage.json in one step: an interruption leaves the old one or the new one, never half of one."""
     output.mkdir(parents=True, exist_ok=True)
-    part = output / "stage.json.part"
-    part.write_text(json.dumps(record, indent=2, default=str) + "\n", encoding="utf-8")
-    part.replace(output / "stage.json")
+    replace_file(output / "stage.json", json.dumps(record, indent=2, default=str) + "\n")
 
 
 # planning --------------------------------------------------------------
@@ -267,7 +266,7 @@ def execute(step: Step, stage_args: list[str], launch_args: list[str], label: st
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": None,
         "options": {
-            **step.options,
+            **{name: value for name, value in step.options.items() if name not in SECRET},
             **{name: input_folders(step.run_dir, up) for name, up in step.upstreams.items()},
         },
         "inputs": {
@@ -316,10 +315,28 @@ def run_recipe(recipe: Recipe, run_dir: Path, steps: list[Step], launch_args: li
     # the launched stages read this copy: a recipe edited during a long run changes nothing in it
     frozen = run_dir / "recipe.yaml"
     dump_recipe(recipe, frozen)
+    changed = not (run_dir / REPORT).is_file()
     for number, step in enumerate(steps, 1):
         stage_args = ["--recipe", str(frozen), "--run_dir", str(run_dir)]
+        changed |= not (step.in_place and step.finished)
         code = execute(step, stage_args, launch_args, label=f"[{number}/{len(steps)}] {step.stage}")
         if code:
             return code
     print(f"{recipe.name}: {len(steps)} stages in {duration(time.monotonic() - start)}, in {run_dir}", flush=True)
+    if changed:
+        write_report(run_dir)
     return 0
+
+
+def write_report(run_dir: Path) -> None:
+    """Leaves the page about the run. It is made of what is finished, so what goes wrong here costs nothing."""
+    from trl_diffusion_rank.report import make_report
+
+    try:
+        print(f"Report: {make_report(run_dir)}", flush=True)
+    except Exception as error:
+        print(
+            f"The report could not be made ({type(error).__name__}: {error}). All stages are finished; "
+            f"`{PROGRAM} report {run_dir}` tries again.",
+            flush=True,
+        )
