@@ -153,6 +153,7 @@ def test_displacement_is_in_the_entry_at_which_it_is_seen(tmp_path, monkeypatch)
 
     def pretend(mode, *args):
         store(mode, *args)
+        trainer._read_metrics()
         if mode == "train":
             delta = next(deltas)
             values = {"error/chosen": 0.1 + delta, "error/chosen_delta": delta, "error/rejected_delta": 2 * delta}
