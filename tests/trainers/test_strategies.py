@@ -33,6 +33,7 @@ from trl_diffusion_rank import (
     RankedDiffusionDPOTrainer,
 )
 from trl_diffusion_rank.discriminator import AestheticDiscriminator
+from trl_diffusion_rank.hub.comfy import SUFFIX
 
 
 DDP = {}
@@ -155,7 +156,8 @@ def run(folder: Path, strategy: str, cases: tuple[str, ...], models: Path, resum
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """What a run saved for diffusers, or of a discriminator, read file by file."""
-    files = [*folder.glob("*.safetensors"), *folder.glob("unet/*.safetensors")]
+    found = [*folder.glob("*.safetensors"), *folder.glob("unet/*.safetensors")]
+    files = [file for file in found if not file.name.endswith(SUFFIX)]
     assert len(files) == 1
     return {name.removeprefix("unet."): weight for name, weight in load_file(files[0]).items()}
 
