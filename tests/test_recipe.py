@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import fake_stages
 import pytest
@@ -11,6 +12,7 @@ from trl_diffusion_rank.recipe import (
     dump_recipe,
     load_recipe,
     parse_stage,
+    run_stage,
     stage_actions,
     stage_inputs,
     stage_module,
@@ -137,6 +139,22 @@ class TestOptions:
         args = parse_stage("grow", ["--recipe", path, "--number", "6", "--no_loud"])[0]
         assert (args.seed, args.rate, args.number, args.loud) == (1, 0.2, 6, False)
         assert parse_stage("count", ["--recipe", path])[0].step == 9
+
+
+def test_a_stages_error_is_one_line_and_its_origin_a_file(monkeypatch, capsys):
+    def fail(args):
+        raise ValueError("`number` is too odd")
+
+    monkeypatch.setattr("sys.argv", ["grow", "--output_dir", "out"])
+    monkeypatch.setattr(stage_module("grow"), "main", fail)
+    with pytest.raises(SystemExit) as end:
+        run_stage("grow")
+    assert end.value.code == 1
+    assert capsys.readouterr().err == ("trl-diffusion-rank grow: error: `number` is too odd (out/traceback.txt)\n")
+    assert "in fail" in Path("out/traceback.txt").read_text()
+    monkeypatch.setattr(stage_module("grow"), "main", fake_stages.main)
+    run_stage("grow")
+    assert not Path("out/traceback.txt").exists(), "it worked at last"
 
 
 class TestParseStage:

@@ -428,16 +428,17 @@ def run_stage(stage: str) -> None:
     too; where it came from is kept in `<output_dir>/traceback.txt`.
     """
     arguments = parse_stage(stage)
+    origin = Path(next(args.output_dir for args in arguments if hasattr(args, "output_dir")), "traceback.txt")
     try:
         stage_module(stage).main(*arguments)
     except KeyboardInterrupt:
         sys.exit(130)  # the launching process says what to do next
     except (ImportError, TypeError, ValueError) as error:
-        folder = Path(next(args.output_dir for args in arguments if hasattr(args, "output_dir")))
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "traceback.txt").write_text(traceback.format_exc())
-        print(f"{PROGRAM} {stage}: error: {error} ({folder / 'traceback.txt'})", file=sys.stderr)
+        origin.parent.mkdir(parents=True, exist_ok=True)
+        origin.write_text(traceback.format_exc())
+        print(f"{PROGRAM} {stage}: error: {error} ({origin})", file=sys.stderr)
         sys.exit(1)
+    origin.unlink(missing_ok=True)  # of an attempt before this one
 
 
 def check_stage(stage: str, recipe: Recipe, run_dir: Path) -> None:
