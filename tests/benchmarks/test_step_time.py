@@ -44,12 +44,14 @@ def test_forward_passes_have_the_published_flops(random_models, size, resolution
     assert random_models.forward_flops(size, resolution)["unet"] / 1e12 == pytest.approx(tera, abs=0.005)
 
 
+@pytest.mark.slow
 def test_tiny_has_the_proportions_of_sdxl(random_models):
     tiny, sdxl = random_models.forward_flops("tiny", 256), random_models.forward_flops("sdxl", 1024)
     for part in ("vae", "text"):
         assert tiny[part] / tiny["unet"] == pytest.approx(sdxl[part] / sdxl["unet"], rel=0.1), part
 
 
+@pytest.mark.slow
 def test_benchmark_runs_and_goes_on_from_its_file(step_time, tmp_path, monkeypatch, capsys):
     import datasets
 

@@ -8,6 +8,9 @@ from trl_diffusion_rank.digits.classifiers import DigitsClassifier, _predict, cl
 from trl_diffusion_rank.digits.data import DIGITS, INKS, caption, crawl
 
 
+pytestmark = pytest.mark.slow  # fitting takes half a minute
+
+
 @pytest.fixture(scope="module")
 def unseen():
     return crawl("heldout", 3_500, seed=5, include_held_out=True)

@@ -79,14 +79,10 @@ def test_pixel_features_are_scaled_and_shrunk():
     assert thumbnail(Image.new("RGB", (16, 16))).shape == (16, 16, 3)  # never enlarged
 
 
-@pytest.fixture
-def digits_judge(judge, monkeypatch):
+@pytest.mark.slow
+def test_digits_judge(judge, monkeypatch):
     monkeypatch.setattr("trl_diffusion_rank.digits.classifiers.DigitsJudge.fit", lambda seed: judge)
-    return DigitsWorldJudge()
-
-
-def test_digits_judge(digits_judge):
-    judge = digits_judge
+    judge = DigitsWorldJudge()
     world = crawl("heldout", 300, seed=3)
     images = [Image.fromarray(image) for image in world.images]
     metrics = judge.judge(images, world.captions)
@@ -98,13 +94,14 @@ def test_digits_judge(digits_judge):
     assert frechet_distance(judge.features(clean), reference) < 0.2 * frechet_distance(judge.features(ugly), reference)
 
 
-def test_digits_groups_are_wishes_not_wordings(digits_judge):
+def test_digits_groups_are_wishes_not_wordings():
     wordings = [caption("seven", "red", template) for template in range(3)]
     assert len(set(wordings)) == 3
-    assert digits_judge.groups([*wordings, caption("six", "red")]) == ["seven red"] * 3 + ["six red"]
+    assert DigitsWorldJudge().groups([*wordings, caption("six", "red")]) == ["seven red"] * 3 + ["six red"]
 
 
-def test_digits_judge_knows_its_world_alone(digits_judge):
+def test_digits_judge_knows_its_world_alone():
+    digits_judge = DigitsWorldJudge()
     digits_judge.check_prompts([caption("seven", "red")])
     with pytest.raises(ValueError, match=r"knows the embedded world's captions alone.*'a hen'"):
         digits_judge.check_prompts([caption("seven", "red"), "a hen"])

@@ -1,10 +1,12 @@
 import numpy as np
+import pytest
 from PIL import Image
 
 from trl_diffusion_rank.digits.data import crawl
 from trl_diffusion_rank.scorers import load_scorer
 
 
+@pytest.mark.slow
 def test_clean_scans_score_above_ugly_ones(scorer, monkeypatch):
     monkeypatch.setattr("trl_diffusion_rank.digits.classifiers.fit_clean_classifier", lambda seed: scorer)
     world = crawl("heldout", 200, seed=7)

@@ -178,6 +178,7 @@ def test_digits(tmp_path, capsys):
     assert list(run(tmp_path / "none", **options | {"num_test_prompts": 0})) == ["train"]
 
 
+@pytest.mark.slow
 def test_digits_with_clean_scans(tmp_path, judge):
     rows = run(tmp_path, dataset_name="digits", num_prompts=40, num_test_prompts=10, keep_images=True)["train"]
     wanted = run(tmp_path / "plain", dataset_name="digits", num_prompts=40, num_test_prompts=10)["train"]
