@@ -105,6 +105,8 @@ def make_trainer(folder: Path, strategy: str, case: str, models: Path, **options
     trainer_class, config_class = PREFERENCE[method]
     # 5000 would show how differently float32 rounds the errors of another batch size
     options |= {"beta": 100.0, "gradient_checkpointing": how == "lora"}
+    if (method, how) == ("cpo", "lora"):
+        options |= {"normalize_error": True}  # whose running means are of all processes
     if how == "precomputed":
         options |= {"precompute_ref_log_probs": True}
     return trainer_class(
