@@ -114,3 +114,19 @@ def check_gradient_checkpointing(make_trainer: Callable[..., Trainer], atol: flo
     assert len(results[0][1]) == len(results[1][1]) > 0
     for plain, checkpointed in zip(results[0][1], results[1][1], strict=True):
         torch.testing.assert_close(plain, checkpointed, rtol=1e-4, atol=atol)
+
+
+def deepspeed_config(stage: int) -> dict[str, Any]:
+    """ZeRO of that stage, on the CPU too."""
+    return {
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "optimizer": {  # PyTorch's own: DeepSpeed's would have to be compiled
+            "type": "AdamW",
+            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True},
+        },
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": "auto",
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+    }

@@ -15,7 +15,7 @@ from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig
 from tiny import ranked_dataset, tiny_sdxl_pipeline
 from tiny_discriminator import save_tiny_discriminator
-from training import launch
+from training import deepspeed_config, launch
 
 from trl_diffusion_rank import RankedDiffusionDPOConfig, RankedDiffusionDPOTrainer
 from trl_diffusion_rank.discriminator import AestheticDiscriminator
@@ -30,18 +30,6 @@ ADVERSARIAL = {
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
     },
 }
-ZERO_2 = {
-    "zero_optimization": {"stage": 2},
-    "optimizer": {  # PyTorch's own: DeepSpeed's would have to be compiled
-        "type": "AdamW",
-        "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True},
-    },
-    "zero_force_ds_cpu_optimizer": False,
-    "gradient_clipping": "auto",
-    "train_micro_batch_size_per_gpu": "auto",
-    "gradient_accumulation_steps": "auto",
-    "train_batch_size": "auto",
-}
 
 
 def make_trainer(output_dir, zero: bool, **options) -> RankedDiffusionDPOTrainer:
@@ -49,7 +37,7 @@ def make_trainer(output_dir, zero: bool, **options) -> RankedDiffusionDPOTrainer
     AcceleratorState._reset_state()  # of the trainer before
     if zero:
         # `use_cpu` would make it plain DDP, silently
-        options |= {"deepspeed": ZERO_2, "accelerator_config": {"use_configured_state": True}}
+        options |= {"deepspeed": deepspeed_config(2), "accelerator_config": {"use_configured_state": True}}
     else:
         options["use_cpu"] = True
     trainer = RankedDiffusionDPOTrainer(

@@ -21,7 +21,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 from tiny import ranked_dataset, tiny_sdxl_pipeline
 from tiny_discriminator import save_tiny_discriminator
-from training import config, launch
+from training import config, deepspeed_config, launch
 from transformers import Trainer
 
 from trl_diffusion_rank import (
@@ -53,21 +53,6 @@ PREFERENCE = {
     "cpo": (DiffusionCPOTrainer, DiffusionCPOConfig),
 }
 EVERY_CASE = ("dpo_lora", "dpo_full", "dpo_precomputed", "cpo_lora", "cpo_full", "discriminator", "discriminator_lora")
-
-
-def deepspeed_config(stage: int) -> dict:
-    return {
-        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
-        "optimizer": {  # PyTorch's own: DeepSpeed's would have to be compiled
-            "type": "AdamW",
-            "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True},
-        },
-        "zero_force_ds_cpu_optimizer": False,
-        "gradient_clipping": "auto",
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "train_batch_size": "auto",
-    }
 
 
 def strategy_options(strategy: str) -> dict:
