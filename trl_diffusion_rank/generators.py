@@ -21,8 +21,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from trl_diffusion_rank.spelling import did_you_mean
-from trl_diffusion_rank.stages._common import DTYPES
+from trl_diffusion_rank.options import DTYPES, did_you_mean
+from trl_diffusion_rank.processes import process_state
 
 
 if TYPE_CHECKING:
@@ -382,3 +382,8 @@ def read_scheduler(generator: Generator) -> tuple[type, dict[str, Any]]:
                 f"{did_you_mean(key, known)} It has {', '.join(known)}."
             )
     return scheduler_class, options
+
+
+def load_for_sampling(model: str, dtype: str) -> DiffusionPipeline:
+    """A pipeline on this process's device. `auto` is bfloat16 on an accelerator and float32 on a CPU."""
+    return load_generator(Generator(model), process_state().device, dtype)

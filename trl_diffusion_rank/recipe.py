@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get
 
 import yaml
 
-from trl_diffusion_rank.spelling import did_you_mean
+from trl_diffusion_rank.options import did_you_mean
 
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from trl_diffusion_rank.scorers.aggregate import spread_best, whole_weights, win_counts, win_shares
+from trl_diffusion_rank.scorers.aggregate import agreement, spread_best, whole_weights, win_counts, win_shares
 
 
 NO_MARGIN = np.zeros(1)
@@ -194,3 +194,8 @@ def test_spread_best_of_many():
             greedy.append(int(np.abs(psi[:, None] - psi[greedy]).min(axis=1).argmax()))
         smallest = np.diff(np.sort(psi[greedy])).min()
         assert smallest - 1e-9 <= np.diff(values).min() <= 2 * smallest + 1e-9
+
+
+def test_agreement_is_the_mean_tau():
+    assert agreement([[1, 2, 3], [1, 2, 3]], [[1, 2, 3], [3, 2, 1]]) == pytest.approx(0)
+    assert agreement([[1, 2, 3], [1, 1, 1]], [[1, 2, 3], [3, 2, 1]]) == pytest.approx(1)  # row 1 tells nothing

@@ -6,7 +6,7 @@ from PIL import Image
 
 from trl_diffusion_rank import scorers
 from trl_diffusion_rank.data.loading import load_splits
-from trl_diffusion_rank.stages.score import ScoreArguments, agreement, main, rank_rows
+from trl_diffusion_rank.stages.score import ScoreArguments, main, rank_rows
 
 
 class Red:
@@ -210,11 +210,6 @@ def test_summary_of_two_scorers(run, capsys, monkeypatch):
     monkeypatch.setattr(Dark, "score", lambda self, images, prompts: [-1.0 if p == "a" else 0.0 for p in prompts])
     run(REDS, scorers=["red", "dark"])
     assert "Kendall tau of red and dark, mean over rows: nan" in capsys.readouterr().out
-
-
-def test_agreement_is_the_mean_tau():
-    assert agreement([[1, 2, 3], [1, 2, 3]], [[1, 2, 3], [3, 2, 1]]) == pytest.approx(0)
-    assert agreement([[1, 2, 3], [1, 1, 1]], [[1, 2, 3], [3, 2, 1]]) == pytest.approx(1)  # row 1 tells nothing
 
 
 def test_scoring_again_replaces_the_columns(run, tmp_path):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trl_diffusion_rank.evaluation import statistics
-from trl_diffusion_rank.stages._common import format_table
+from trl_diffusion_rank.tables import format_table
 
 
 # One line of the report: a metric of an adapter at a number of steps. `json` takes it as it is.

@@ -31,7 +31,7 @@ from trl_diffusion_rank.data.images import RASTER_FORMATS, fit_image
 from trl_diffusion_rank.data.loading import embedded
 from trl_diffusion_rank.evaluation.grid import image_grid, shown_size
 from trl_diffusion_rank.evaluation.statistics import bootstrap_interval
-from trl_diffusion_rank.stages._common import format_table
+from trl_diffusion_rank.tables import format_table
 
 
 if TYPE_CHECKING:

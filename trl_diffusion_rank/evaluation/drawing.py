@@ -21,7 +21,8 @@ from trl_diffusion_rank.data.parts import WRITERS, Key, Parts, Writer, missing_b
 from trl_diffusion_rank.diffusion import sampling
 from trl_diffusion_rank.evaluation.judges import Judge, thumbnail
 from trl_diffusion_rank.evaluation.provenance import weights_stamp
-from trl_diffusion_rank.stages._common import free_memory, load_for_sampling, process_state
+from trl_diffusion_rank.generators import load_for_sampling
+from trl_diffusion_rank.processes import free_memory, process_state
 
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from trl_diffusion_rank.options import check_choice
 from trl_diffusion_rank.scorers import ScorerSpec, known_scorers, read_scorer
-from trl_diffusion_rank.stages._common import check_choice
 
 
 if TYPE_CHECKING:

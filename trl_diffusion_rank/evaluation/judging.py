@@ -24,7 +24,7 @@ from trl_diffusion_rank.evaluation.drawing import BASE, IMAGE_KEY, JUDGED_AT_ONC
 from trl_diffusion_rank.evaluation.image_features import ImageFeatures, as_bytes, as_features
 from trl_diffusion_rank.evaluation.judges import Judge, pixel_features
 from trl_diffusion_rank.evaluation.statistics import FrechetReference, group_diversity
-from trl_diffusion_rank.stages._common import free_memory, process_state
+from trl_diffusion_rank.processes import free_memory, process_state
 
 
 # Thumbnails that are in memory at once; those of one prompt always are.

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from trl_diffusion_rank.evaluation.judges import Judge, ScorerJudge
+from trl_diffusion_rank.options import NameOrMapping
 from trl_diffusion_rank.runner import read_record
-from trl_diffusion_rank.stages._common import NameOrMapping
 
 
 WEIGHTS = (".safetensors", ".bin")

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from trl_diffusion_rank.report.pictures import evenly
 from trl_diffusion_rank.report.run import Stage, read_columns
-from trl_diffusion_rank.stages.score import agreement
+from trl_diffusion_rank.scorers.aggregate import agreement
 
 
 PREFIX = "score_"

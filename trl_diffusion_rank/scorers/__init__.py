@@ -26,7 +26,7 @@ from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Protocol
 
-from trl_diffusion_rank.spelling import did_you_mean
+from trl_diffusion_rank.options import did_you_mean
 
 
 if TYPE_CHECKING:

@@ -134,3 +134,11 @@ def longest_chain(gaps: list[list[int]], fixed: list[int], width: int) -> int:
                 length += 1
         length += 1
     return length
+
+
+def agreement(first: list[list[float]], second: list[list[float]]) -> float:
+    """Mean Kendall tau-b of two scorers over the rows, those left out in which one of them sees no difference."""
+    from scipy.stats import kendalltau
+
+    varied = [(a, b) for a, b in zip(first, second, strict=True) if len(set(a)) > 1 and len(set(b)) > 1]
+    return float(np.mean([kendalltau(a, b).statistic for a, b in varied])) if varied else float("nan")

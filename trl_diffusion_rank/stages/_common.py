@@ -1,21 +1,15 @@
-"""What several stages need: checks of options, the process's place among others, tables."""
+"""What several stages need: to require what a run fills in, to publish, to train."""
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
-
-from trl_diffusion_rank.spelling import did_you_mean
+from typing import TYPE_CHECKING, Any
 
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from accelerate import PartialState
-    from diffusers import DiffusionPipeline
     from transformers import Trainer
     from trl import ModelConfig, ScriptArguments
 
@@ -23,24 +17,6 @@ if TYPE_CHECKING:
     from trl_diffusion_rank.trainers.diffusion_cpo_trainer import DiffusionCPOTrainer
     from trl_diffusion_rank.trainers.ranked_diffusion_dpo_config import RankedDiffusionDPOConfig
     from trl_diffusion_rank.trainers.ranked_diffusion_dpo_trainer import RankedDiffusionDPOTrainer
-
-
-# What `dtype` may be.
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-
-
-class NameOrMapping(dict):
-    """
-    An entry of a list that is a name, or a mapping: in a recipe as it is, on the command line as JSON. A subclass says
-    with `key` which of the mapping's keys a bare name stands for.
-    """
-
-    key: ClassVar[str] = "name"
-
-    def __init__(self, value: str | dict[str, Any]):
-        if isinstance(value, str):
-            value = json.loads(value) if value.lstrip().startswith("{") else {self.key: value}
-        super().__init__(value)
 
 
 @dataclass
@@ -75,18 +51,6 @@ class PublishingOptions:
             print(f"Pushed to {push_dataset(folder, self.hub_dataset_id, self.hub_private_repo)}")
 
 
-def check_choice(option: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise unknown_key(f"`{option}` is", value, list(choices))
-
-
-def check_at_least(least: int, **options: int | None) -> None:
-    """Refuse options below `least`; unset ones are fine."""
-    for name, value in options.items():
-        if value is not None and value < least:
-            raise ValueError(f"`{name}` is {value}; it must be at least {least}.")
-
-
 def require(stage: str, **options: Any) -> None:
     """Refuse a stage that was started by itself without one of the `options` that a `run` would have filled in."""
     for name, value in options.items():
@@ -95,11 +59,6 @@ def require(stage: str, **options: Any) -> None:
                 f"`{name}` is not set and the stage `{stage}` needs it: give --{name}, set it in the recipe's section "
                 f"`{stage}`, or start the stages together with `trl-diffusion-rank run`."
             )
-
-
-def unknown_key(kind: str, got: str, known: list[str]) -> ValueError:
-    """The error for a name that is not known, with the nearest one that is."""
-    return ValueError(f"{kind} {got!r}, which is not known.{did_you_mean(got, known)} Known: {', '.join(known)}.")
 
 
 def check_bitsandbytes(options: Any) -> None:
@@ -114,61 +73,6 @@ def check_bitsandbytes(options: Any) -> None:
             f"`{asked[0]}` needs the package bitsandbytes, which is not installed: "
             "pip install 'trl-diffusion-rank[quantization]', or leave the option out."
         )
-
-
-def is_main_process() -> bool:
-    """Whether this process writes. The launcher tells, so that no library has to be imported to ask."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def process_state() -> PartialState:
-    """Which of how many processes this is, and its device; the first call joins them."""
-    from datetime import timedelta
-
-    import torch
-    from accelerate import PartialState
-    from accelerate.utils import parse_flag_from_env
-
-    # `Accelerator` looks at these, `PartialState` does not: processes launched on CPUs would each take themselves for
-    # the only one.
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (several and not torch.accelerator.is_available())
-    # Whoever is done early waits for the others, for longer than the minutes after which a group gives up by default
-    return PartialState(cpu=on_cpu, timeout=timedelta(hours=6)) if several else PartialState(cpu=on_cpu)
-
-
-def load_for_sampling(model: str, dtype: str) -> DiffusionPipeline:
-    """A pipeline on this process's device. `auto` is bfloat16 on an accelerator and float32 on a CPU."""
-    from trl_diffusion_rank.generators import Generator, load_generator
-
-    return load_generator(Generator(model), process_state().device, dtype)
-
-
-def free_memory() -> None:
-    """Give back what the last model took, before the next one is loaded. Pipelines hold references in circles."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def format_table(header: list[str], rows: list[list[str]], names: int = 1) -> str:
-    """
-    An aligned table that reads as plain text and as Markdown: the first columns, so many as there are `names`, to the
-    left, numbers to the right.
-    """
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(cells: list[str]) -> str:
-        left = [cell.ljust(width) for cell, width in zip(cells[:names], widths[:names], strict=True)]
-        right = [cell.rjust(width) for cell, width in zip(cells[names:], widths[names:], strict=True)]
-        return f"| {' | '.join(left + right)} |"
-
-    dashes = ["-" * (width + 2) if i < names else "-" * (width + 1) + ":" for i, width in enumerate(widths)]
-    return "\n".join([line(header), f"|{'|'.join(dashes)}|", *map(line, rows)])
 
 
 def last_whole_checkpoint(folder: str) -> str | None:

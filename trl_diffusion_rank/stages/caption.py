@@ -13,14 +13,9 @@ from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from trl_diffusion_rank.stages._common import (
-    DTYPES,
-    PublishingOptions,
-    check_at_least,
-    check_choice,
-    process_state,
-    require,
-)
+from trl_diffusion_rank.options import DTYPES, check_at_least, check_choice
+from trl_diffusion_rank.processes import process_state
+from trl_diffusion_rank.stages._common import PublishingOptions, require
 
 
 if TYPE_CHECKING:

@@ -30,14 +30,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from trl_diffusion_rank.stages._common import (
-    DTYPES,
-    NameOrMapping,
-    check_at_least,
-    check_choice,
-    process_state,
-    require,
-)
+from trl_diffusion_rank.options import DTYPES, NameOrMapping, check_at_least, check_choice
+from trl_diffusion_rank.processes import process_state
+from trl_diffusion_rank.stages._common import require
 
 
 if TYPE_CHECKING:

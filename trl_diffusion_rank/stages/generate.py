@@ -33,17 +33,10 @@ from itertools import chain, islice
 from typing import IO, TYPE_CHECKING, Any
 
 from trl_diffusion_rank.generators import REAL, Draw, Generator, read_generators
-from trl_diffusion_rank.stages._common import (
-    DTYPES,
-    NameOrMapping,
-    PublishingOptions,
-    check_at_least,
-    check_choice,
-    format_table,
-    free_memory,
-    process_state,
-    require,
-)
+from trl_diffusion_rank.options import DTYPES, NameOrMapping, check_at_least, check_choice
+from trl_diffusion_rank.processes import free_memory, process_state
+from trl_diffusion_rank.stages._common import PublishingOptions, require
+from trl_diffusion_rank.tables import format_table
 
 
 if TYPE_CHECKING:

@@ -43,14 +43,10 @@ from trl_diffusion_rank.data.prompts import (
     split_order,
     split_prompts,
 )
-from trl_diffusion_rank.stages._common import (
-    PublishingOptions,
-    check_at_least,
-    check_choice,
-    format_table,
-    is_main_process,
-    require,
-)
+from trl_diffusion_rank.options import check_at_least, check_choice
+from trl_diffusion_rank.processes import is_main_process
+from trl_diffusion_rank.stages._common import PublishingOptions, require
+from trl_diffusion_rank.tables import format_table
 
 
 if TYPE_CHECKING:

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trl_diffusion_rank.files import replace_file
-from trl_diffusion_rank.stages._common import check_at_least, is_main_process, require
+from trl_diffusion_rank.options import check_at_least
+from trl_diffusion_rank.processes import is_main_process
+from trl_diffusion_rank.stages._common import require
 
 
 if TYPE_CHECKING:

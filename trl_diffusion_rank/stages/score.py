@@ -21,16 +21,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from trl_diffusion_rank.options import NameOrMapping, check_at_least, check_choice
+from trl_diffusion_rank.processes import process_state
 from trl_diffusion_rank.scorers import read_scorers
-from trl_diffusion_rank.stages._common import (
-    NameOrMapping,
-    PublishingOptions,
-    check_at_least,
-    check_choice,
-    format_table,
-    process_state,
-    require,
-)
+from trl_diffusion_rank.stages._common import PublishingOptions, require
+from trl_diffusion_rank.tables import format_table
 
 
 if TYPE_CHECKING:
@@ -223,18 +218,11 @@ def kept_images(psi: list[list[float]], keep: int | None) -> list[list[int]]:
     return [list(range(len(row))) if keep is None else spread_best(np.array(row), keep).tolist() for row in psi]
 
 
-def agreement(first: list[list[float]], second: list[list[float]]) -> float:
-    """Mean Kendall tau-b of two scorers over the rows, those left out in which one of them sees no difference."""
-    import numpy as np
-    from scipy.stats import kendalltau
-
-    varied = [(a, b) for a, b in zip(first, second, strict=True) if len(set(a)) > 1 and len(set(b)) > 1]
-    return float(np.mean([kendalltau(a, b).statistic for a, b in varied])) if varied else float("nan")
-
-
 def summary(scores: dict[str, list[list[float]]], ranks: list[list[int]], sources: list[list[str]] | None) -> str:
     """Mean scores and ranks by source, the share of ties, and how far the scorers agree; over all images."""
     import numpy as np
+
+    from trl_diffusion_rank.scorers.aggregate import agreement
 
     columns = {label: np.concatenate(rows) for label, rows in scores.items()}
     flat = np.concatenate(ranks)

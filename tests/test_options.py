@@ -1,4 +1,4 @@
-from trl_diffusion_rank.spelling import did_you_mean
+from trl_diffusion_rank.options import did_you_mean
 
 
 def test_the_most_similar_name_is_offered_and_nothing_where_none_is_similar():
