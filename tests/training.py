@@ -56,6 +56,7 @@ def launch(script: str, processes: int, *arguments: Any, **environment: str) -> 
     """Run a file of tests as a program, in so many processes, with `environment` added to this process's own."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
     command += ["--num_processes", str(processes), "--num_cpu_threads_per_process", "1", "--mixed_precision", "no"]
+    command += ["--main_process_port", "0"]  # a free one: other tests may run beside
     command += ["--dynamo_backend", "no", *(["--multi_gpu"] if processes > 1 else []), script]
     path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, **environment, "PYTHONPATH": path}
