@@ -82,16 +82,18 @@ def test_pixel_features_are_scaled_and_shrunk():
 @pytest.mark.slow
 def test_digits_judge(judge, monkeypatch):
     monkeypatch.setattr("trl_diffusion_rank.digits.classifiers.DigitsJudge.fit", lambda seed: judge)
-    judge = DigitsWorldJudge()
+    digits_judge = DigitsWorldJudge()
     world = crawl("heldout", 300, seed=3)
     images = [Image.fromarray(image) for image in world.images]
-    metrics = judge.judge(images, world.captions)
-    assert set(metrics) == {"clean", "digit", "ink", "good"} and judge.headline == "good"
+    metrics = digits_judge.judge(images, world.captions)
+    assert set(metrics) == {"clean", "digit", "ink", "good"} and digits_judge.headline == "good"
     assert np.mean(metrics["clean"] == world.clean) > 0.95
-    reference = judge.reference_features()
+    reference = digits_judge.reference_features()
     clean = [image for image, is_clean in zip(images, world.clean, strict=True) if is_clean]
     ugly = [image for image, is_clean in zip(images, world.clean, strict=True) if not is_clean]
-    assert frechet_distance(judge.features(clean), reference) < 0.2 * frechet_distance(judge.features(ugly), reference)
+    assert frechet_distance(digits_judge.features(clean), reference) < 0.2 * frechet_distance(
+        digits_judge.features(ugly), reference
+    )
 
 
 def test_digits_groups_are_wishes_not_wordings():

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,12 +16,19 @@ from tiny import ranked_dataset
 from trl_diffusion_rank.stages._common import last_whole_checkpoint
 
 
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
 def command(output: Path, model: str, data: Path) -> list[str]:
     options = {
         "output_dir": output,
         "model_name_or_path": model,
         "dataset_name": data,
         "num_processes": 2,
+        "main_process_port": free_port(),  # other tests may run beside
         "max_steps": 30,
         "save_steps": 5,
         "per_device_train_batch_size": 2,
