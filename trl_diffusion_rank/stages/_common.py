@@ -150,4 +150,5 @@ def run_training(trainer: Trainer, dataset_name: str, measure: Callable[[], None
         commit = trainer.push_to_hub(dataset_name=dataset_name)
         if commit is not None:  # the main process's
             print(f"Model pushed to {commit.repo_url}")
+    trainer.accelerator.wait_for_everyone()  # a process that left while the main one saves could hang or fail the run
     trainer.end()  # close the trackers and the process group
