@@ -83,7 +83,9 @@ def main(args: Any) -> None:
 
     out = Path(args.output_dir)
     out.mkdir(parents=True, exist_ok=True)
-    time.sleep(getattr(args, "sleep", 0))
+    if getattr(args, "sleep", 0):
+        (out / "sleeping").touch()
+        time.sleep(args.sleep)
     with open(out / "executions", "a") as file:
         file.write(os.environ.get("RANK", "-") + "\n")
     if getattr(args, "exit_code", 0):
